@@ -1305,9 +1305,12 @@ def chat_usage(usage: Any, body: Json) -> Optional[Usage]:
 
 
 class ChatCodec(Codec):
+    """Chat Completions; see the samples at the top of the room."""
+
     name = CHAT
 
     def decode_request(self, body: Json) -> Request:
+        """The Request of a body; an empty `messages` is refused here, upstream's own words are less clear."""
         messages = want_list(body, "messages")
         if not messages:
             raise ClientError("no messages found: `messages` must hold at least one message", param="messages")
@@ -1531,9 +1534,12 @@ def responses_usage(usage: Any, body: Json) -> Optional[Usage]:
 
 
 class ResponsesCodec(Codec):
+    """Responses; `instructions` is the first system message, tools may stand inside input items."""
+
     name = RESPONSES
 
     def decode_request(self, body: Json) -> Request:
+        """The Request of a body; `input` is a string or a list of items."""
         messages: List[Message] = []
         if isinstance(body.get("instructions"), str):
             messages.append(Message("system", [Text(body["instructions"])]))
@@ -1760,10 +1766,13 @@ def messages_usage(usage: Any, body: Json) -> Optional[Usage]:
 
 
 class MessagesCodec(Codec):
+    """Messages; `system` is the first message, further ones may stand between the turns."""
+
     name = MESSAGES
     keep_alive = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def decode_request(self, body: Json) -> Request:
+        """The Request of a body; `system` becomes the first message."""
         messages = want_list(body, "messages")
         if not messages:
             raise ClientError("messages: at least one message is required", param="messages")
@@ -2225,6 +2234,7 @@ class PieceCosts(dict):
         return 1 + softplus(z)
 
     def price_marks(self, piece: str) -> float:
+        """The cost of a run of ASCII marks, with the space before and the line ends behind it."""
         marks = piece.strip(" \r\n")
         runs = [mark for mark, before in zip(marks, " " + marks) if mark != before]
         z = self.runs[min(len(runs), 9) - 1] + self.mark_count[min(len(marks), 5) - 1]

@@ -3098,9 +3098,9 @@ TOKEN_SAMPLES = (
     ("markdown",   (48, 53, 64, 52),
      "## Installation\n\n- Run `npm install -g copilot-proxy`\n- Start it with **`copilot-proxy start`**\n\n| option | default |\n|---|---|\n| `--port` | 4141 |\n"),
     ("diff",       (62, 75, 80, 77),
-     "--- a/server.py\n+++ b/server.py\n@@ -10,7 +10,7 @@ def cp.main():\n     port = 8080\n-    host = \"0.0.0.0\"\n+    host = \"127.0.0.1\"\n     serve(host, port)\n"),
+     "--- a/server.py\n+++ b/server.py\n@@ -10,7 +10,7 @@ def main():\n     port = 8080\n-    host = \"0.0.0.0\"\n+    host = \"127.0.0.1\"\n     serve(host, port)\n"),
     ("german",     (23, 37, 51, 22),
-     "Bitte prüfe die Konfiguration und erkläre, warum der cp.Server beim Start keine Verbindung zur Datenbank herstellen kann."),
+     "Bitte prüfe die Konfiguration und erkläre, warum der Server beim Start keine Verbindung zur Datenbank herstellen kann."),
     ("french",     (20, 31, 43, 22),
      "Veuillez vérifier la configuration et expliquer pourquoi le serveur ne peut pas se connecter à la base de données."),
     ("russian",    (24, 40, 40, 23),
@@ -3191,7 +3191,7 @@ class TokenEstimatorTest(unittest.TestCase):
             self.assertEqual("".join(cut(text)), text)
 
     def test_the_letters_of_the_expression_are_the_letters_of_the_prices(self):
-        self.assertEqual(cp.LATIN_LETTERS, set(re.findall("[%s]" % LATIN_RANGES, "".join(map(chr, range(0x3000))))))
+        self.assertEqual(cp.LATIN_LETTERS, set(re.findall("[%s]" % cp.LATIN_RANGES, "".join(map(chr, range(0x3000))))))
 
     def test_sampling_differs_little_from_the_full_pass(self):
         rng, texts = random.Random(1), [text for _, _, text in TOKEN_SAMPLES]
@@ -3378,6 +3378,152 @@ class FramingTokensTest(unittest.TestCase):
     def test_anthropics_documented_example_counts_14(self):
         texts = cp.TokenEstimator().text("You are a scientist\nHello, Claude", "claude3") - 1
         self.assertAlmostEqual(texts + cp.framing_tokens("claude-opus-4.6", messages=1), 14, delta=2)
+
+
+###############################################################################
+#                             Shape of the source                             #
+###############################################################################
+# Room order, isolation, purity, map = banners: what keeps one file readable.
+
+ROOM = re.compile(r"^#{79}\n# +(\S.*?) +#\n#{79}\n# (\S.*)$", re.M)
+DIALECT_ROOMS = ("OpenAI Chat", "OpenAI Responses", "Anthropic Messages", "Gemini")
+LAST_PURE_ROOM = "Agents"
+# What a pure room may not reach for: sockets, files, the clock, threads, chance, the environment.
+WORLDLY = frozenset(("open", "os", "queue", "select", "selectors", "signal", "socket", "socketserver", "sys", "threading", "time",
+                     "urllib", "importlib", "input", "print", "ThreadingHTTPServer"))
+# `os.environ` is read where secrets of the configuration are resolved, `os.urandom` where ids are made: worldly rooms only.
+TOP_LEVEL = frozenset(("copilot_proxy.py", "test_copilot_proxy.py", "README.md", "LICENSE"))
+# Modules that older supported Pythons lack under `sys.stdlib_module_names`.
+STDLIB = frozenset(getattr(sys, "stdlib_module_names", ())) | {"__future__"}
+
+
+class WithoutAnnotations(ast.NodeTransformer):
+    """Annotations are no uses of a name, and `symtable` of 3.9 counts them."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Assign(targets=[node.target], value=node.value, lineno=node.lineno) if node.value else ast.Pass()
+
+
+class House:
+    """The module as a reader of its outline sees it: rooms, what each statement binds and which globals it reads."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.tree = ast.parse(source, feature_version=(3, 9))
+        self.rooms = [(source.count("\n", 0, found.start()) + 1, found.group(1)) for found in ROOM.finditer(source)]
+        self.titles = [title for _, title in self.rooms]
+        self.bound: Dict[str, List[int]] = defaultdict(list)
+        for statement in self.tree.body:
+            for name in self.binds(statement):
+                self.bound[name].append(statement.lineno)
+
+    def room_of(self, line: int) -> str:
+        return next((title for start, title in reversed(self.rooms) if start <= line), "Masthead")
+
+    @staticmethod
+    def binds(statement: ast.stmt) -> Iterator[str]:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            yield statement.name
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            yield from (node.id for target in targets for node in ast.walk(target)
+                        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+
+    def reads(self, statement: ast.stmt) -> set:
+        """The globals a top-level statement reads, at any depth."""
+        bare = ast.unparse(ast.fix_missing_locations(WithoutAnnotations().visit(copy.deepcopy(statement))))
+        top = symtable.symtable(bare, "statement", "exec")
+        tables, names = [top], set()
+        while tables:
+            table = tables.pop()
+            tables.extend(table.get_children())
+            names.update(symbol.get_name() for symbol in table.get_symbols()
+                         if symbol.is_referenced() and (table is top or symbol.is_global()))
+        return names
+
+    def uses(self) -> Iterator[Tuple[str, str, str, str]]:
+        """(room, user, name, room of the name) for every use of a name of the module."""
+        for statement in self.tree.body:
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                continue
+            user = getattr(statement, "name", f"line {statement.lineno}")
+            for name in self.reads(statement):
+                if name in self.bound:
+                    yield self.room_of(statement.lineno), user, name, self.room_of(self.bound[name][0])
+
+
+class ShapeOfTheSource(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        with open(MODULE, encoding="utf-8") as file:
+            cls.house = House(file.read())
+        cls.uses = list(cls.house.uses())
+
+    def test_the_banners_are_the_map_of_the_docstring(self):
+        doc = ast.get_docstring(self.house.tree) or ""
+        listed = re.findall(r"^    (\S(?:.*?\S)?)  +\S", doc[doc.index("The rooms, in order"):], re.M)
+        self.assertEqual(listed, self.house.titles)
+
+    def test_every_name_is_of_its_own_room_or_of_one_above(self):
+        order = {title: place for place, title in enumerate(self.house.titles)}
+        below = [use for use in self.uses if order[use[3]] > order[use[0]]]
+        self.assertEqual([], below)
+
+    def test_the_dialect_rooms_never_name_each_other(self):
+        crossed = [use for use in self.uses if use[0] in DIALECT_ROOMS and use[3] in DIALECT_ROOMS and use[0] != use[3]]
+        self.assertEqual([], crossed)
+
+    def test_a_top_level_name_is_bound_once(self):
+        twice = {name: lines for name, lines in self.house.bound.items() if len(lines) > 1}
+        self.assertEqual({}, twice)
+        self.assertNotIn("globals()", self.house.source)
+
+    def test_the_pure_rooms_touch_no_world(self):
+        pure = self.house.titles[1:self.house.titles.index(LAST_PURE_ROOM) + 1]
+        touched = [(self.house.room_of(statement.lineno), name) for statement in self.house.tree.body
+                   if self.house.room_of(statement.lineno) in pure for name in self.house.reads(statement) & WORLDLY]
+        self.assertEqual([], touched)
+
+    def test_only_the_standard_library_is_imported(self):
+        names = {name for node in ast.walk(self.house.tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+        self.assertEqual(set(), {name.partition(".")[0] for name in names} - STDLIB - {"msvcrt"} if STDLIB > {"__future__"} else set())
+
+    def test_no_import_is_unused(self):
+        top = [node for node in self.house.tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__"]
+        names = {(alias.asname or alias.name).partition(".")[0] for node in top for alias in node.names}
+        rest = self.house.source.partition("#" * 79)[2]
+        self.assertEqual([], sorted(name for name in names if not re.search(rf"\b{name}\b", rest)))
+
+    def test_asyncio_is_not_loaded_at_start(self):
+        found = subprocess.run([sys.executable, "-c", "import sys, copilot_proxy; print('asyncio' in sys.modules)"], cwd=HERE,
+                               capture_output=True, text=True, timeout=60)
+        self.assertEqual("False", found.stdout.strip(), found.stderr)
+
+    def test_the_top_level_holds_the_four_files(self):
+        names = {name for name in os.listdir(HERE) if not name.startswith((".", "__"))}
+        self.assertEqual(TOP_LEVEL, names)
+
+    def test_the_script_block_asks_for_no_package(self):
+        block = re.search(r"^# /// script\n(.*?)^# ///$", self.house.source, re.M | re.S)
+        self.assertEqual('# requires-python = ">=3.9"\n# dependencies = []\n', block.group(1) if block else "")
+
+    def test_every_function_fits_a_screen_and_every_public_one_says_what_it_gives(self):
+        nodes = [node for node in ast.walk(self.house.tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        long = [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 60]
+        bare = [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)
+                and node.end_lineno - node.lineno > 12]
+        self.assertEqual(([], []), (long, bare))
+
 
 ###############################################################################
 #                                   Running                                   #
