@@ -81,7 +81,7 @@ import time
 import urllib.request
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -747,6 +747,15 @@ def format_head(first_line: str, headers: Iterable[Tuple[str, str]]) -> bytes:
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
+def json_object(body: bytes) -> Optional[Json]:
+    """The JSON object of an upstream body, None when it is none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 # ---- chunked bodies ---------------------------------------------------------
 
 
@@ -879,6 +888,11 @@ def frame_json(frame: bytes) -> Optional[Json]:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def is_whole_frame(rest: bytes) -> bool:
+    """Whether a stream's rest lacks only the blank line: its data is complete JSON, or `[DONE]`."""
+    return parse_frame(rest)[1] == "[DONE]" or frame_json(rest) is not None
 
 
 def format_sse(event: Optional[str], data: Any) -> bytes:
@@ -1015,7 +1029,7 @@ def openai_error(error: ProxyError) -> Json:
         code = "context_length_exceeded"  # what Codex and opencode compact on (clients.md)
     if failure is not None and failure.kind == "quota":
         kind = "insufficient_quota"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+    return {"error": {"message": redact(error.message), "type": kind, "param": error.param, "code": code}}
 
 
 class Codec:
@@ -1093,6 +1107,11 @@ STREAM_ERROR_STATUS = {
     "insufficient_quota": 429, "api_error": 500, "server_error": 500, "internal_error": 500,
     "server_is_overloaded": 503, "service_unavailable": 503, "overloaded_error": 529,
 }
+
+
+def is_error_object(body: Json) -> bool:
+    """Whether a body says nothing but an error; a Responses object has an `error` field too, beside its output."""
+    return isinstance(body.get("error"), dict) and not any(name in body for name in ("choices", "output", "content", "data"))
 
 
 def stream_failure(body: Json) -> Failure:
@@ -1352,7 +1371,7 @@ class ChatMeter(Meter):
         if self.ended:
             return b""
         self._recent.append(frames)
-        if self._pin and frames.count(self._pin) == frames.count(b"\n\n"):
+        if self._pin and 0 < frames.count(self._pin) == frames.count(b"\n\n"):
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
@@ -1790,7 +1809,7 @@ class MessagesCodec(Codec):
     def encode_error(self, error: ProxyError) -> Json:
         """{"type":"error","error":{"type","message"}}, overflow in the words Claude Code compacts on."""
         failure = getattr(error, "failure", None)
-        message = error.message
+        message = redact(error.message)
         if failure is not None and failure.overflow:
             message = "prompt is too long: {} tokens > {} maximum".format(*failure.overflow)
         kind = ERROR_TYPES.get(error.status, ("", "api_error"))[1]
@@ -3220,7 +3239,7 @@ SETTINGS: Tuple[Tuple[str, Any, Callable[[Any], Any], Tuple[str, ...]], ...] = (
     ("auth.apiKeys", [], _any, ()),
     ("auth.apiKey", UNSET, _any, ("COPILOT_API_KEY", "API_KEY")),
     ("auth.adminApiKey", UNSET, _any, ()),
-    ("adminAuth.secretHash", UNSET, _text, ("ADMIN_SECRET_HASH",)),
+    ("adminAuth.secretHash", UNSET, _text, ("ADMIN_SECRET_HASH", "ADMIN_SECRET")),
     ("adminAuth.sessionTtlDays", 5, _number, ()),
     ("adminAuth.enforceHttps", True, _bool, ()),
     ("cors.origins", [], _strings, ()),
@@ -3333,7 +3352,7 @@ SETTINGS: Tuple[Tuple[str, Any, Callable[[Any], Any], Tuple[str, ...]], ...] = (
 SECRET_KEYS = frozenset(("auth.apiKeys", "auth.apiKey", "auth.adminApiKey", "adminAuth.secretHash", "anthropicApiKey"))
 # Environment names other programs use too; that one took effect is said at start.
 GENERIC_NAMES = frozenset(("HOST", "PORT", "API_KEY", "VERBOSE", "DEBUG", "RATE_LIMIT", "RATE_LIMIT_WAIT", "SHOW_TOKEN",
-                           "PROXY_ENV", "ANTHROPIC_API_KEY", "ADMIN_SECRET_HASH", "MODEL_MAPPING"))
+                           "PROXY_ENV", "ANTHROPIC_API_KEY", "ADMIN_SECRET_HASH", "ADMIN_SECRET", "MODEL_MAPPING"))
 # Older or foreign names that are read as well (settings.md "also read").
 OTHER_NAMES = {"modelMapping": "modelMappings"}
 
@@ -3377,7 +3396,7 @@ class Settings:
                     shown = "" if key in SECRET_KEYS else f" {json.dumps(given, default=str)[:60]}"
                     self.warnings.append(f"{origin}: {key} is{shown} but must be {exc}; the default counts")
         self._mappings(env)
-        self._api_keys()
+        self._api_keys(config)
         self.warnings.extend(unknown_keys(config))
 
     def __getitem__(self, key: str) -> Any:
@@ -3390,7 +3409,7 @@ class Settings:
         if flags.get(key) is not None:
             yield "command line", flags[key]
         for name in names:
-            if env.get(name, "") != "":
+            if env.get(name, "").strip():
                 yield f"environment {name}", env[name]
         found, value = dig(config, key)
         if found and value is not None:
@@ -3407,8 +3426,10 @@ class Settings:
         except ValueError:
             self.warnings.append("environment MODEL_MAPPING is not a JSON object; it is ignored")
 
-    def _api_keys(self) -> None:
+    def _api_keys(self, config: Json) -> None:
         """Resolves `auth.*`; a wrong container refuses to start: it must never mean "open"."""
+        if not isinstance(config.get("auth") or {}, dict):
+            raise SetupError("config.json: auth must be an object; nothing was started")
         keys = self.values["auth.apiKeys"]
         if not isinstance(keys, list):
             raise SetupError("config.json: auth.apiKeys must be a list of strings; nothing was started")
@@ -3421,11 +3442,13 @@ class Settings:
         given = [key.strip() for key in keys if isinstance(key, str) and key.strip()]
         given += [single.strip()] if single and single.strip() else []
         self.values["auth.apiKeys"] = [Secret(key) for key in dict.fromkeys(map(resolve_secret, given)) if key]
-        if given and not self.values["auth.apiKeys"]:
-            raise SetupError("config.json: auth.apiKeys names keys that resolve to nothing; nothing was started")
+        if (keys or given) and not self.values["auth.apiKeys"]:
+            raise SetupError("config.json: auth.apiKeys holds no usable key; nothing was started")
         self.values["auth.apiKey"] = None
         for key in ("auth.adminApiKey", "anthropicApiKey"):
             value = self.values[key]
+            if value is not None and not isinstance(value, str):
+                self.warnings.append(f"{self.origins[key]}: {key} must be a string; it is ignored")
             self.values[key] = Secret(resolve_secret(value.strip())) if isinstance(value, str) and value.strip() else None
 
 
@@ -3542,11 +3565,17 @@ class ConfigFile:
         return True
 
 
+def _masked(found: Any) -> str:
+    """What may be shown of one word of a broken line: key names, numbers, true, false, null."""
+    text = found.group(0)
+    plain = re.fullmatch(r'"(?:[^"\\]|\\.)*"\s*:|-?\d{1,5}|true|false|null', text)
+    return text if plain else '"…"'
+
+
 def broken_config(path: str, text: str, exc: json.JSONDecodeError) -> str:
     """Where a file is broken: line, column, and the line itself with its strings masked."""
     line = (text.splitlines() or [""])[exc.lineno - 1] if exc.lineno <= len(text.splitlines()) else ""
-    shown = re.sub(r'(:\s*|[\[,]\s*)"(?:[^"\\]|\\.)*"?', lambda found: found.group(1) + '"…"', line).strip()
-    shown = re.sub(r'^"(?:[^"\\]|\\.)*"?\s*,?$', '"…"', shown)
+    shown = re.sub(r'"(?:[^"\\]|\\.)*"?(?:\s*:)?|[^\s{}\[\],:"]+', _masked, line).strip()
     return (f"{path} is broken: {exc.msg}, line {exc.lineno} column {exc.colno}: {shown[:200]}\n"
             "Nothing was overwritten. Repair the line, or move the file away to start with defaults.")
 
@@ -3610,6 +3639,7 @@ class HandlerLogs:
     """
 
     SWEEP_S = 86400
+    OURS = re.compile(r"-handler-\d{4}-\d\d-\d\d\.log$")  # the folder may hold other programs' logs
 
     def __init__(self, folder: str, retention_days: float, log: Log, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
@@ -3640,10 +3670,13 @@ class HandlerLogs:
             return
         self._swept_at = now
         os.makedirs(self._folder, 0o700, exist_ok=True)
-        for name in os.listdir(self._folder):
+        for name in filter(self.OURS.search, os.listdir(self._folder)):
             path = os.path.join(self._folder, name)
-            if name.endswith(".log") and now - os.stat(path).st_mtime > self._retention_s:
-                os.unlink(path)
+            try:
+                if now - os.stat(path).st_mtime > self._retention_s:
+                    os.unlink(path)
+            except FileNotFoundError:
+                pass  # another gateway of this home was quicker
 
 
 class RequestLog:
@@ -3704,6 +3737,7 @@ TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)
 DRAIN_S = 0.05
 # A head and a body above this are sent by two calls: joining 5 MB costs 3 ms.
 JOIN_BYTES = 65536
+CAPTURE_BYTES = 4 << 20  # of one answer, for --log-file and --verbose
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
@@ -3770,12 +3804,13 @@ class Conn:
     Waiting first and reading then means that a silent stream holds no buffer; the wait is the stall clock.
     """
 
-    __slots__ = ("sock", "key", "idle_since", "_poll")
+    __slots__ = ("sock", "key", "idle_since", "_poll", "_tls")
 
     def __init__(self, sock: socket.socket, key: Tuple[str, str, str]) -> None:
         self.sock = sock
         self.key = key
         self.idle_since = 0.0
+        self._tls = hasattr(sock, "pending")
         self._poll: Any = None
         if hasattr(select, "poll"):
             self._poll = select.poll()
@@ -3783,8 +3818,7 @@ class Conn:
 
     def readable(self, timeout_s: float) -> bool:
         """Whether bytes (or the end) arrive within the time. A decrypted rest counts: poll would not see it."""
-        pending = getattr(self.sock, "pending", None)
-        if pending is not None and pending():
+        if self._tls and self.sock.pending():
             return True
         if self._poll is not None:
             return bool(self._poll.poll(timeout_s * 1000))
@@ -3795,7 +3829,11 @@ class Conn:
         try:
             if not self.readable(timeout_s):
                 raise TransportError(f"upstream was silent for {timeout_s:g} s", timed_out=True)
+            if self._tls:
+                self.sock.settimeout(timeout_s or None)  # half a record makes the socket readable, then recv waits
             return self.sock.recv(READ_BYTES)
+        except socket.timeout as exc:
+            raise TransportError(f"upstream was silent for {timeout_s:g} s", timed_out=True) from exc
         except (OSError, ValueError) as exc:  # ValueError: a descriptor beyond what `select` can watch
             raise TransportError(f"connection to {self.key[1]} broke: {reason_of(exc)}") from exc
 
@@ -4043,10 +4081,15 @@ class PooledHandler(urllib.request.BaseHandler):
         head, body = request.head(), request.body or b""
         try:
             if len(body) > JOIN_BYTES:
+                conn.sock.settimeout(request.head_timeout_s)  # an upstream that takes nothing in must not hold us for ever
                 conn.sock.sendall(head)
                 conn.sock.sendall(body)
+                conn.sock.settimeout(None)
             else:
-                conn.sock.sendall(head + body)
+                conn.sock.sendall(head + body)  # fits into the kernel's buffer
+        except socket.timeout as exc:
+            request.stopper.check()
+            raise TransportError(f"{conn.key[1]} took in no request for {request.head_timeout_s:g} s", timed_out=True) from exc
         except OSError as exc:
             request.stopper.check()
             raise _NothingReceived(f"connection to {conn.key[1]} broke: {reason_of(exc)}") from exc
@@ -4283,7 +4326,7 @@ class ClientLine:
     """
 
     __slots__ = ("sock", "stopper", "gone", "opened", "ended", "started_at", "sent_at", "bytes_out", "keep_alive",
-                 "early_head", "chunked", "_lock", "_owed", "_clock")
+                 "early_head", "chunked", "captured", "_lock", "_owed", "_clock")
 
     def __init__(self, sock: socket.socket, chunked: bool, clock: Callable[[], float]) -> None:
         self.sock = sock
@@ -4296,6 +4339,7 @@ class ClientLine:
         self.keep_alive = b""  # none: a whole answer, nothing may be sent early
         self.early_head = b""
         self.chunked = chunked
+        self.captured: Optional[bytearray] = None  # the body as sent, unframed, where logs want it
         self._lock = threading.Lock()
         self._owed = b""  # what the kernel did not take of a keep-alive; guarded by _lock
         self._clock = clock
@@ -4336,6 +4380,7 @@ class ClientLine:
         """Sends a complete answer; raises ClientGone."""
         with self._lock:
             self.opened = self.ended = True
+            self._capture(body)
             if len(body) > JOIN_BYTES:
                 self._send(head)
                 self._send(body)
@@ -4343,7 +4388,12 @@ class ClientLine:
                 self._send(head + body)
 
     def _framed(self, data: bytes) -> bytes:
+        self._capture(data)
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+    def _capture(self, data: bytes) -> None:
+        if self.captured is not None and len(self.captured) < CAPTURE_BYTES:
+            self.captured += data
 
     def _send(self, data: bytes) -> None:
         if self._owed:
@@ -4572,25 +4622,28 @@ def editor_tokens(env: Dict[str, str], domain: str) -> Iterator[Tuple[str, str]]
 
 # ---- the exchange -----------------------------------------------------------
 
-# notification_id of a 403 envelope -> what the user can do (copilot-upstream 1.5). Others show GitHub's own words.
+# notification_id of a 403 envelope -> what the user can do; GitHub's own message stands before it (copilot-upstream 1.5).
+SUBSCRIBE = "subscribe at https://github.com/settings/copilot or run `auth login` with another account"
+OTHER_ACCOUNT = "run `auth login` with another account, or ask GitHub support"
+IDENTITY = "GitHub refused the client identity: adjust identity.userAgent and identity.editorVersion"
 NO_ACCESS = {
-    "no_copilot_access": "this GitHub account has no Copilot subscription",
-    "not_signed_up": "this GitHub account has not signed up for Copilot",
-    "subscription_ended": "the Copilot subscription has ended",
-    "enterprise_managed_user_account": "this managed account gets Copilot only through its enterprise; ask its administrator",
-    "feature_flag_blocked": "Copilot is switched off for this account by a policy; ask its administrator",
-    "spammy_user": "GitHub has flagged this account; write to GitHub support",
-    "billing_locked": "billing of this GitHub account is locked; settle it in the account's billing settings",
-    "trade_restricted": "Copilot is not available to this account because of trade restrictions",
-    "trade_restricted_country": "Copilot is not available in this country",
-    "codespaces_demo_inactive": "the demo this account belongs to has ended",
-    "snippy_not_configured": "choose in GitHub's Copilot settings whether suggestions may match public code",
-    "expired_coupon": "the coupon for Copilot has expired",
-    "revoked_coupon": "the coupon for Copilot was revoked",
-    "access_revoked": "access to Copilot was revoked for this account",
-    "go_http_client": "GitHub refused the client identity; adjust identity.userAgent and identity.editorVersion",
-    "programmatic_token_generation": "GitHub refused the client identity; adjust identity.userAgent and identity.editorVersion",
-    "server_error": "GitHub could not say whether this account has Copilot; try again later",
+    "no_copilot_access": SUBSCRIBE,
+    "not_signed_up": SUBSCRIBE,
+    "subscription_ended": SUBSCRIBE,
+    "expired_coupon": SUBSCRIBE,
+    "revoked_coupon": SUBSCRIBE,
+    "codespaces_demo_inactive": SUBSCRIBE,
+    "enterprise_managed_user_account": "a managed account gets Copilot through its enterprise: ask its administrator",
+    "feature_flag_blocked": "a policy switches Copilot off for this account: ask its administrator",
+    "spammy_user": "GitHub has flagged this account: write to GitHub support",
+    "billing_locked": "billing of the account is locked: settle it in its billing settings",
+    "trade_restricted": OTHER_ACCOUNT,
+    "trade_restricted_country": OTHER_ACCOUNT,
+    "access_revoked": OTHER_ACCOUNT,
+    "snippy_not_configured": "choose at https://github.com/settings/copilot whether suggestions may match public code",
+    "go_http_client": IDENTITY,
+    "programmatic_token_generation": IDENTITY,
+    "server_error": "GitHub could not say whether this account has Copilot: try again later",
 }
 EXCHANGE_TRIES = 3  # on 5xx and transport errors (copilot-upstream 1.5)
 
@@ -4620,9 +4673,9 @@ def exchange_error(status: int, headers: Dict[str, str], body: bytes) -> Exchang
         return ExchangeError("a personal access token cannot be used for Copilot; run `auth login`", "refused")
     if isinstance(details, dict):
         name = str(details.get("notification_id") or "")
-        said = NO_ACCESS.get(name) or str(details.get("message") or details.get("title") or message)
+        said = str(details.get("message") or details.get("title") or message).rstrip(".")
         address = f" ({details['url']})" if isinstance(details.get("url"), str) else ""
-        return ExchangeError(f"{said}{address}", "later" if name == "server_error" else "refused", 403)
+        return ExchangeError(f"{said}{address}; {NO_ACCESS.get(name, OTHER_ACCOUNT)}", "later" if name == "server_error" else "refused", 403)
     if status == 403:
         return ExchangeError(f"GitHub refused a Copilot token (403 {message}); check the account's Copilot access", "refused", 403)
     return ExchangeError(f"GitHub answered {status} to the token exchange; it is tried again", "later", 503)
@@ -4725,8 +4778,10 @@ class Accounts:
     """
 
     def __init__(self, upstream: Upstream, paths: Paths, settings: Callable[[], Settings], log: Log, env: Dict[str, str],
-                 flag_token: Optional[str] = None, clock: Callable[[], float] = time.time, unit_s: float = 1.0) -> None:
+                 flag_token: Optional[str] = None, terminal: bool = False, clock: Callable[[], float] = time.time,
+                 unit_s: float = 1.0) -> None:
         self._upstream = upstream
+        self._terminal = terminal  # somebody may read a code there: ask for one at start
         self._paths = paths
         self._settings = settings
         self._log = log
@@ -4765,6 +4820,10 @@ class Accounts:
             self._settling.run(self._next_account)
         finally:
             self.settled.set()
+        if self.active is None:
+            self._log.info(f"nobody is signed in: open {self._sign_in_url()} or run `copilot_proxy.py auth login`")
+            if self._terminal:
+                self.device.begin()
 
     def _next_account(self) -> None:
         """Makes the next candidate that is not refused the active account; none: stays signed out."""
@@ -4889,12 +4948,14 @@ class Accounts:
     def sign_in_needed(self) -> ClientError:
         """The 401 for everybody while nobody is signed in; the first one starts a device code."""
         self.device.begin()
-        settings = self._settings()
-        where = f"http://{shown_host(settings['host'])}:{settings['port']}/auth/device"
         why = f" ({self.refusal})" if self.refusal else ""
         code = self.device.code_line()
-        return ClientError(f"Not signed in to GitHub Copilot{why}. Open {where} or run `copilot_proxy.py auth login`"
+        return ClientError(f"Not signed in to GitHub Copilot{why}. Open {self._sign_in_url()} or run `copilot_proxy.py auth login`"
                            + (f"; {code}" if code else ""), status=401, code=NOT_SIGNED_IN, kind="authentication_error")
+
+    def _sign_in_url(self) -> str:
+        settings = self._settings()
+        return f"http://{shown_host(settings['host'])}:{settings['port']}/auth/device"
 
     def _mint(self, account: Account) -> CopilotToken:
         """A new Copilot token for the account; raises ExchangeError."""
@@ -4944,9 +5005,11 @@ class Accounts:
 
     def _mint_direct(self, account: Account) -> CopilotToken:
         """The GitHub token as bearer, if GET /models answers 200 with it (copilot-upstream 1.8)."""
-        api = self.hosts.api_base({}, True)
         headers = [("Authorization", "Bearer " + account.token.reveal()), ("User-Agent", OPENCODE_AGENT)]
+        api = ""
         try:
+            status, _, body = self._upstream.fetch("GET", self.hosts.api + "/copilot_internal/user", headers, timeout_s=30)
+            api = self.hosts.api_base(json_object(body) or {} if status == 200 else {}, True)
             status, answer_headers, body = self._upstream.fetch("GET", api + "/models", headers, timeout_s=30)
         except (TransportError, SetupError) as exc:
             raise ExchangeError(f"cannot reach {urlsplit(api).netloc}: {exc}", "later", 503) from exc
@@ -4974,13 +5037,16 @@ DEVICE_ENDINGS = {
     "incorrect_device_code": "GitHub does not know this code",
     "unsupported_grant_type": "GitHub does not offer the device flow here",
 }
+REFUSED_BY_USER = "refused"
 SLOW_DOWN_S = 5  # added to the interval when `slow_down` names none
 
 
 class DeviceFlow:
     """Sign-in by a code the user types at GitHub.
 
-        idle -> waiting -> done | failed(reason)       `begin` starts or keeps a code that is still good
+        idle -> starting -> waiting -> done | failed(reason) | refused(reason)
+
+    `begin` keeps a code that is still good, and what the user or GitHub refused until somebody asks anew.
     """
 
     def __init__(self, accounts: Accounts, upstream: Upstream, log: Log, unit_s: float) -> None:
@@ -4999,7 +5065,7 @@ class DeviceFlow:
     def begin(self, anew: bool = False) -> None:
         """Starts the flow in the background unless one is running; `anew` asks for a new code."""
         with self._lock:
-            if self.state in ("starting", "waiting") and not anew:
+            if self.state in ("starting", "waiting", "refused") and not anew:
                 return
             self.state, self.reason = "starting", ""
             self._stopped.set()  # ends the poll of an earlier code
@@ -5037,7 +5103,7 @@ class DeviceFlow:
             self._log.info(f"sign in to GitHub: {self.code_line()}")
             token = self._poll(stopped, document)
         except SetupError as exc:
-            if self._set(stopped, "failed", str(exc)):
+            if self._set(stopped, "refused" if exc.code == REFUSED_BY_USER else "failed", str(exc)):
                 self._log.warning(f"sign-in failed: {exc}")
             return
         if token and self._set(stopped, "done"):
@@ -5099,7 +5165,8 @@ class DeviceFlow:
             if error == "slow_down":
                 interval = float(answer.get("interval") or interval + SLOW_DOWN_S)
             elif error and error != "authorization_pending":
-                raise SetupError(DEVICE_ENDINGS.get(error) or str(answer.get("error_description") or error))
+                raise SetupError(DEVICE_ENDINGS.get(error) or str(answer.get("error_description") or error),
+                                 code=None if error == "expired_token" else REFUSED_BY_USER)
         raise SetupError(DEVICE_ENDINGS["expired_token"])
 
 
@@ -5471,6 +5538,11 @@ class Ledger:
                 return exchanges, [item] if item is not None else [], item is None
 
 
+def storable(value: Any) -> Any:
+    """The value as SQLite takes it: a lone surrogate, which JSON can escape, cannot be stored."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
+
+
 class _Store:
     """The writer's connection: opened on first use, opened again after an error."""
 
@@ -5494,10 +5566,10 @@ class _Store:
                 if batch:
                     names = list(batch[0])
                     self._db.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-                                         [tuple(row[name] for name in names) for row in batch])
+                                         [tuple(storable(row[name]) for name in names) for row in batch])
             self._db.commit()
             self._held = []
-        except (sqlite3.Error, OSError) as exc:
+        except (sqlite3.Error, OSError, OverflowError, ValueError) as exc:
             self._log.once("ledger", f"cannot write usage to {self._path}: {exc}; requests go on, rows are kept in memory")
             self._held = rows[-HELD_ROWS:]
             self.close()
@@ -5564,6 +5636,7 @@ class Inbound:
     query: Dict[str, str]
     headers: Dict[str, str]
     body: bytes
+    trace_id: str = ""
     base_headers: List[Tuple[str, str]] = field(default_factory=list)
 
 
@@ -5810,6 +5883,15 @@ class Gateway:
     def _pump(self, plan: Plan, answer: Answer, patch: FramePatch, meter: Meter, inbound: Inbound, line: ClientLine,
               exchange: Exchange) -> None:
         """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
+        try:
+            self._move_frames(plan, answer, patch, meter, inbound, line, exchange)
+        except ClientGone:
+            meter.close(CUT)  # what was used so far is still billed
+            exchange.usage, exchange.served_model = meter.usage, meter.served_model
+            raise
+
+    def _move_frames(self, plan: Plan, answer: Answer, patch: FramePatch, meter: Meter, inbound: Inbound, line: ClientLine,
+                     exchange: Exchange) -> None:
         head = answer_head(200, stream_headers(plan, inbound, answer.headers, line))
         buffer, failure, opened, last = FrameBuffer(), None, False, b""
         while not meter.ended:
@@ -5818,7 +5900,7 @@ class Gateway:
             except TransportError as exc:
                 failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED)
                 break
-            if not data and not buffer.rest():
+            if not data and not is_whole_frame(buffer.rest()):
                 break
             frames = buffer.feed(data or b"\n\n")  # an end without its blank line still ends the last frame
             out = patch.feed(meter.feed(frames)) if frames else b""
@@ -5857,13 +5939,13 @@ class Gateway:
         value = json_object(body)
         if value is None:
             failure = classify(502, answer.headers, body, time.time())
-        elif "error" in value:
+        elif is_error_object(value):
             failure = stream_failure(value)
         else:
             failure = Failure("transport", "provider", 502, "upstream did not stream its answer", INTERRUPTED)
         if line.settle():
             self._end_with(meter, failure, line, exchange)
-        elif value is None or "error" in value:
+        elif value is None or is_error_object(value):
             raise UpstreamError(failure)
         else:
             self._send_whole(plan, answer, body, value, inbound, line, exchange)
@@ -5878,6 +5960,8 @@ class Gateway:
             value = json_object(body)
             if value is None:
                 raise UpstreamError(classify(502, answer.headers, body, time.time()))
+            if is_error_object(value):
+                raise UpstreamError(stream_failure(value))
             self._send_whole(plan, answer, body, value, inbound, line, exchange)
         finally:
             answer.close()
@@ -5950,7 +6034,9 @@ class TokenCounter:
     def count(self, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
         """Serves one request: {"input_tokens": n}, with `estimated` where it is; never an error for a readable body."""
         body = want_object(parse_json(inbound.body), "the request body")
-        request = CODECS[MESSAGES].decode_request(body)
+        # no model and no messages are readable all the same: clients ask what a bare tool costs
+        request = CODECS[MESSAGES].decode_request({**body, "model": body.get("model") or self._settings()["smallModel"],
+                                                   "messages": body.get("messages") or [{"role": "user", "content": ""}]})
         plan = exchange.plan = Plan(MESSAGES, operation="count_tokens", asked_model=request.model)
         plan.caller.client = client_of(exchange.user_agent)
         self._watch.add(line)
@@ -6011,10 +6097,8 @@ class TokenCounter:
 def model_headers(plan: Plan, inbound: Inbound, upstream: Dict[str, str]) -> List[Tuple[str, str]]:
     """Headers of every answer of a model: who served, why, what was dropped, what upstream says of limits."""
     headers = inbound.base_headers + relayed_headers(upstream)
-    request_id = upstream.get("x-request-id") or upstream.get("request-id")
-    if request_id:
-        headers += [("x-request-id", request_id), ("request-id", request_id)]
-    headers.append(("x-copilot-api-model", plan.model))
+    request_id = upstream.get("x-request-id") or upstream.get("request-id") or inbound.trace_id
+    headers += [("x-request-id", request_id), ("request-id", request_id), ("x-copilot-api-model", plan.model)]
     if plan.model_reason:
         headers.append(("x-copilot-api-reason", plan.model_reason))
     if plan.dropped:
@@ -6071,15 +6155,6 @@ def account_usage(provider: Copilot) -> Json:
             "quota_reset_date": document.get("quota_reset_date") or document.get("limited_user_reset_date"),
             "as_of": utc_text(int(time.time() * 1000)), "raw": document,
             "accounts": [{"login": login, "active": True, "plan": document.get("copilot_plan"), "quotas": quotas}]}
-
-
-def json_object(body: bytes) -> Optional[Json]:
-    """The JSON object of an upstream body, None when it is none."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def countable(body: Json) -> Json:
@@ -6387,7 +6462,10 @@ def is_loopback_caller(peer: str, headers: Dict[str, str]) -> bool:
 
 def host_name(value: str) -> str:
     """The name in a Host header, without port and brackets, lower-cased."""
-    return (urlsplit("//" + value).hostname or "") if value else ""
+    try:
+        return (urlsplit("//" + value).hostname or "") if value else ""
+    except ValueError:
+        return ""  # an unfinished IPv6 literal names nobody
 
 
 def is_own_host(value: str, settings: Settings) -> bool:
@@ -6414,7 +6492,7 @@ def is_allowed_origin(origin: str, settings: Settings) -> bool:
     """Loopback origins, our own names, and those of `cors.origins`; `null` never."""
     if "*" in settings["cors.origins"] or origin in settings["cors.origins"]:
         return True
-    name = host_name(urlsplit(origin).netloc) if "://" in origin else ""
+    name = host_name(origin.partition("://")[2].partition("/")[0])
     return bool(name) and (is_loopback(name) or name in map(str.lower, settings["allowedHosts"]))
 
 
@@ -6598,6 +6676,8 @@ def find_route(method: str, path: str, headers: Dict[str, str]) -> Tuple[Route, 
         allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
         return next(iter(methods.values())), "", ClientError(f"{path} does not answer {method}; use {allowed}", status=405,
                                                              headers={"Allow": allowed})
+    if route.plain is not None and "anthropic-version" in headers:
+        route = replace(route, dialect=MESSAGES)
     return route, unquote(name), None
 
 
@@ -6679,7 +6759,13 @@ class _Call:
         parts = first.split(" ")
         if len(parts) != 3 or not re.fullmatch(r"HTTP/1\.[01]", parts[2]) or not parts[0].isalpha():
             raise BadHead("not an HTTP/1.1 request line")
-        self.method, target = parts[0].upper(), urlsplit(parts[1] if "://" in parts[1] else "http://-" + parts[1])
+        self.method = parts[0].upper()
+        try:
+            target = urlsplit(parts[1] if re.match(r"https?://", parts[1], re.I) else "http://-" + parts[1])
+        except ValueError as exc:
+            raise BadHead("the request target is malformed") from exc
+        if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise BadHead("a Transfer-Encoding other than chunked")
         self.path, self.query = normal_path(target.path), dict(parse_qsl(target.query, keep_blank_values=True))
         newer = parts[2] == "HTTP/1.1"
         connection = self.headers.get("connection", "").lower()
@@ -6706,14 +6792,35 @@ class _Call:
         self._admit()
         if error is not None:
             raise error
-        inbound = Inbound(self.method, self.path, self.query, self.headers, self._body(), self.base_headers)
-        if self.app.request_log is not None:
-            self.app.request_log.request(self.method, self.path, self.headers, inbound.body)
+        inbound = Inbound(self.method, self.path, self.query, self.headers, self._body(), self.exchange.trace_id, self.base_headers)
+        self._log_request(inbound.body)
         if self.route.plain is not None:
             self._send(self.route.plain(self.app, inbound, name))
         else:
             self.app.served += 1
             self._run(inbound)
+
+    def _log_request(self, body: bytes) -> None:
+        """Bodies are kept only where --log-file or --verbose asks for them."""
+        app = self.app
+        if app.request_log is not None:
+            app.request_log.request(self.method, self.path, self.headers, body)
+        if app.handler_logs is not None and self.route.endpoint:
+            app.handler_logs.write(self._handler(), self.exchange.trace_id, "request " + body.decode("utf-8", "replace"), "debug")
+        if app.request_log is not None or app.handler_logs is not None and self.route.endpoint:
+            self.line.captured = bytearray()
+
+    def _log_answer(self) -> None:
+        app, captured = self.app, self.line.captured
+        if app.request_log is not None and captured is not None:
+            app.request_log.response(self.path, self.exchange.status, dict(self.base_headers), bytes(captured))
+        if app.handler_logs is not None and self.exchange.endpoint:
+            if captured is not None:
+                app.handler_logs.write(self._handler(), self.exchange.trace_id, "answer " + captured.decode("utf-8", "replace"), "debug")
+            app.handler_logs.write(self._handler(), self.exchange.trace_id, exchange_line(self.exchange))
+
+    def _handler(self) -> str:
+        return f"{self.exchange.endpoint.replace('_', '-')}-handler"
 
     def _run(self, inbound: Inbound) -> None:
         """Hands a live route to the part that serves it."""
@@ -6830,14 +6937,14 @@ class _Call:
         exchange, line = self.exchange, self.line
         self.app.watch.remove(line)
         if not exchange.endpoint:
+            self._log_answer()
             return
         exchange.response_bytes = line.bytes_out
         exchange.duration_ms = int((time.monotonic() - self.started) * 1000)
         if line.gone and exchange.outcome in ("unfinished", "ok"):
             exchange.status, exchange.outcome = 499, "client_gone"
         self.app.ledger.record(exchange)
-        if self.app.handler_logs is not None:
-            self.app.handler_logs.write(f"{exchange.endpoint.replace('_', '-')}-handler", exchange.trace_id, exchange_line(exchange))
+        self._log_answer()
         if self.app.log.verbose:
             self.app.log.debug(exchange_line(exchange))
 
@@ -6955,7 +7062,7 @@ DEVICE_HTML = r"""<!doctype html>
     byId("code").textContent = state.user_code || "…";
     const address = String(state.verification_uri || "");
     if (/^https?:/.test(address)) byId("open").href = address;
-    byId("anew").hidden = state.state !== "failed" && state.expires_in !== 0;
+    byId("anew").hidden = !["failed", "refused"].includes(state.state);
     byId("status").textContent = state.state === "waiting" ? "waiting for GitHub, " + left(state.expires_in) + " left"
       : state.error || words[state.state] || state.state;
   }
@@ -7056,11 +7163,11 @@ class Setup:
         self.log.verbose = self._settings["verbose"]
 
 
-def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0) -> App:
+def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0, terminal: bool = False) -> App:
     """The parts of a gateway, made and handed to each other; nothing is started. `unit_s`: one second, tests shrink it."""
     settings = setup.settings
     upstream = Upstream(settings, setup.env)
-    accounts = Accounts(upstream, setup.paths, settings, setup.log, setup.env, flag_token, unit_s=unit_s)
+    accounts = Accounts(upstream, setup.paths, settings, setup.log, setup.env, flag_token, terminal, unit_s=unit_s)
     identity = Identity(setup.paths, setup.lock, setup.log)
     provider = Copilot(upstream, accounts, identity, settings)
     models = Models(provider, setup.paths, setup.log)
@@ -7119,7 +7226,7 @@ def run_start(setup: Setup, options: Any) -> int:
         holder = port_holder(settings["port"])
         print(f"cannot listen on {host}:{settings['port']}: {reason_of(exc)}" + (f"; it is held by {holder}" if holder else ""), file=sys.stderr)
         return EXIT_FAILED
-    server.app = app = compose(setup, options.github_token or None)
+    server.app = app = compose(setup, options.github_token or None, terminal=sys.stderr.isatty())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
     start_parts(app)

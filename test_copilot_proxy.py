@@ -576,7 +576,7 @@ Model = Callable[[str, Json, int], Any]  # (dialect, body, attempt) -> action
 def hello_model(dialect: str, body: Json, attempt: int) -> ModelAction:
     """Says hello, or compacts when asked to."""
     asked = body.get("input")
-    compacts = isinstance(asked, list) and bool(asked) and asked[-1].get("type") == "compaction_trigger"
+    compacts = isinstance(asked, list) and bool(asked) and isinstance(asked[-1], dict) and asked[-1].get("type") == "compaction_trigger"
     return ModelAction(text=f"Hello from {body.get('model')}", compaction=compacts)
 
 
