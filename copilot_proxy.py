@@ -470,7 +470,6 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((401,),         r"authorize_url",                                                 "policy",    "account",  ""),
     ((401,),         r"auto-mode selector",                                            "request",   "request",  ""),
     ((401,),         r"",                                                              "auth",      "account",  RENEW),
-    ((402,),         r"session_quota_exceeded",                                        "quota",     "request",  ""),
     ((402,),         r"",                                                              "quota",     "account",  ""),
     ((403, 429),     r"usage_not_included",                                            "policy",    "account",  ""),
     ((403,),         r"not licensed|not authorized to use this copilot feature|denied by copilot policy"
@@ -495,6 +494,7 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((500,),         r"",                                                              "transport", "provider", ""),
     ((503,),         r"",                                                              "rate",      "provider", TRANSIENT),
     ((502, 504),     r"",                                                              "transport", "provider", TRANSIENT),
+    ((529,),         r"",                                                              "rate",      "provider", ""),
     (None,           r"quota_exceeded|insufficient_quota",                             "quota",     "account",  ""),
     (None,           r"rate_limit|rate limit|overloaded",                              "rate",      "account",  ""),
     (None,           r"",                                                              "request",   "request",  ""),
@@ -532,7 +532,8 @@ def error_text(body: bytes) -> Tuple[str, Optional[str], Optional[Json]]:
         return (html_title(text) if text[:1] == "<" else text), None, None
     inner = parsed.get("error")
     inner = inner if isinstance(inner, dict) else parsed
-    message = inner.get("message") or parsed.get("detail") or parsed.get("error") or text
+    bare = parsed.get("error")
+    message = inner.get("message") or parsed.get("detail") or (bare if isinstance(bare, str) else None) or text
     code = inner.get("code") or inner.get("type") if inner is not parsed else inner.get("code")
     return str(message), str(code) if code else None, parsed
 
@@ -670,7 +671,7 @@ def _bad_json(why: str) -> ClientError:
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [child for parent in level if type(parent) in (dict, list)
                  for child in (parent.values() if type(parent) is dict else parent)
                  if type(child) in (dict, list)]
@@ -759,6 +760,9 @@ def json_object(body: bytes) -> Optional[Json]:
 # ---- chunked bodies ---------------------------------------------------------
 
 
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}\Z")  # int(x, 16) would also take +5, 0x5, 1_0 and blanks
+
+
 class ChunkDecoder:
     """Takes a chunked body as it arrives and gives its bytes; `done` once the trailers are read.
 
@@ -821,12 +825,9 @@ class ChunkDecoder:
             self.done = not line
             return after
         size = line.partition(b";")[0].strip()
-        if not size.isalnum() or len(size) > 15:
+        if not CHUNK_SIZE.match(size):
             raise BadHead("a chunk size is not a hexadecimal number")
-        try:
-            length = int(size, 16)
-        except ValueError:
-            raise BadHead("a chunk size is not a hexadecimal number") from None
+        length = int(size, 16)
         if length:
             self._left = length + 2
         else:
@@ -1235,7 +1236,7 @@ def image_of_url(url: Any, detail: Any = None) -> Image:
 CHAT_ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant",
               "tool": "user", "function": "user"}
 CHAT_FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
-CHAT_DONE = re.compile(rb"data:\s*\[DONE\]")
+CHAT_DONE = re.compile(rb"(?:^|[\r\n])data:\s*\[DONE\]")  # JSON text holds no raw line end
 
 
 def chat_part(part: Any) -> Block:

@@ -246,6 +246,7 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("chat_null_choices",           False,      "frames with choices:null that carry copilot_references",               4),
     ("chat_split_choices",          False,      "Claude's text and tool calls sit in different choices",                4),
     ("chat_padding",                False,      "random padding in messages of whole GPT answers",                      4),
+    ("chat_whole_bare",             False,      "whole GPT answers have neither object nor created (5.5)",              4),
     ("chat_missing_done",           False,      "no [DONE]",                                                            4),
     ("chat_args_checked",           False,      "tool arguments that are no JSON: 400 invalid_tool_call_format",        4),
     ("chat_pairs_checked",          False,      "orphan tool calls or results: 400 (9.3)",                              4),
@@ -313,7 +314,7 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
 
 # Refusals and deviations whose repair in the gateway belongs to a later issue: off until it is built.
 REPAIRS_LATER = (
-    "chat_split_choices", "chat_padding", "chat_args_checked", "chat_pairs_checked", "max_tokens_refused", "tool_limit",
+    "chat_split_choices", "chat_padding", "chat_whole_bare", "chat_args_checked", "chat_pairs_checked", "max_tokens_refused", "tool_limit",
     "gemini_opaque_required", "responses_differing_ids", "responses_bound_ids", "responses_item_ids_refused",
     "responses_pairs_checked", "responses_min_tokens", "image_generation_refused", "cache_scope_refused",
     "cache_ttl_refused", "cache_limit", "cache_in_result_refused", "cache_top_level_refused", "prefill_refused",
@@ -849,11 +850,13 @@ def chat_whole(ask: Ask, action: Any) -> Json:
         if len(messages) > 1:            # the split form has no index
             answer["choices"] = [{"finish_reason": finish, "message": part} for part in messages]
         return dict(answer, created=ask.created)
-    for choice in answer["choices"]:     # GPT: neither object nor created
+    for choice in answer["choices"]:
         choice["content_filter_results"] = {}
         if ask.on("chat_padding"):
             choice["message"] = {"padding": "abcdefghijklmnopqrstuvwxyz", **choice["message"]}
-    return dict(answer, prompt_filter_results=[{"content_filter_results": SAFE, "prompt_index": 0}], system_fingerprint="fp_569604b1f8")
+    stamp = {} if ask.on("chat_whole_bare") else {"object": "chat.completion", "created": ask.created}
+    return dict(answer, prompt_filter_results=[{"content_filter_results": SAFE, "prompt_index": 0}],
+                system_fingerprint="fp_569604b1f8", **stamp)
 
 
 # ---------------------------------------------------------------------------- rendering: responses (6.2, 6.3)
@@ -2774,6 +2777,10 @@ class FakeModels(FakeCase):
 class FakeRendering(FakeCase):
     def chat(self, model, action=CALL, stream=True, extra=None, **switches):
         return self.run_model(CHAT_PATH, model, action, stream, extra, **switches)
+
+    def test_whole_gpt_answers_may_come_bare(self):
+        for bare in (True, False):
+            self.assertEqual(not bare, "object" in self.chat("gpt-4.1", stream=False, chat_whole_bare=bare).json)
 
     def deltas(self, answer):
         return [choice["delta"] for frame in answer.frames for choice in frame.get("choices") or []]
