@@ -6275,7 +6275,7 @@ class App:
 
 
 @dataclass
-class Reply:
+class Response:
     """A complete answer of a plain route."""
 
     body: Any
@@ -6516,23 +6516,23 @@ def normal_path(path: str) -> str:
 # ---- plain routes -----------------------------------------------------------
 
 
-def root_page(app: App, inbound: Inbound, name: str) -> Reply:
+def root_page(app: App, inbound: Inbound, name: str) -> Response:
     """`Server running`, or the sign-in page for a browser while nobody has signed in."""
     wants_page = "text/html" in inbound.headers.get("accept", "")
     signed_out = app.accounts.settled.is_set() and app.accounts.active is None
     if app.settings()["root"] == "auth" or app.settings()["root"] == "auto" and wants_page and signed_out:
-        return Reply("", 302, [("Location", "/auth/device")])
-    return Reply("Server running")
+        return Response("", 302, [("Location", "/auth/device")])
+    return Response("Server running")
 
 
-def health(app: App, inbound: Inbound, name: str) -> Reply:
+def health(app: App, inbound: Inbound, name: str) -> Response:
     """Readiness without a question upstream; `?strict=true` makes it a status (console reference B.8)."""
     account = app.accounts.active
     token = account.copilot if account else None
     ready = account is not None and app.models.loaded > 0
     left = int(token.received_at + token.refresh_in + 60 - time.time()) if token and not token.direct else None
     status = 503 if inbound.query.get("strict") == "true" and not ready else 200
-    return Reply({"status": "ok" if ready else "degraded", "ready": ready, "version": VERSION,
+    return Response({"status": "ok" if ready else "degraded", "ready": ready, "version": VERSION,
                   "uptime_seconds": int(time.time() - app.started_at),
                   "copilot_token": {"present": token is not None, "expires_in_seconds": left},
                   "models_loaded": app.models.loaded, "requests_served": app.served,
@@ -6549,39 +6549,39 @@ def known_catalogue(app: App) -> Catalogue:
     raise SetupError("the model list could not be fetched yet; try again in a moment", status=503, code="models_unavailable")
 
 
-def list_models(app: App, inbound: Inbound, name: str) -> Reply:
+def list_models(app: App, inbound: Inbound, name: str) -> Response:
     """GET /v1/models: one body for OpenAI and Anthropic clients."""
     entries = [model_entry(record) for record in known_catalogue(app).offered()]
-    return Reply({"object": "list", "data": entries, "has_more": False,
+    return Response({"object": "list", "data": entries, "has_more": False,
                   "first_id": entries[0]["id"] if entries else None, "last_id": entries[-1]["id"] if entries else None})
 
 
-def full_models(app: App, inbound: Inbound, name: str) -> Reply:
+def full_models(app: App, inbound: Inbound, name: str) -> Response:
     """GET /v1/models/full/: upstream's own document."""
-    return Reply(known_catalogue(app).document)
+    return Response(known_catalogue(app).document)
 
 
-def one_model(app: App, inbound: Inbound, name: str) -> Reply:
+def one_model(app: App, inbound: Inbound, name: str) -> Response:
     """GET /v1/models/{id}, aliases and mappings resolved."""
     catalogue = known_catalogue(app)
     target = map_name(name, *parse_mappings(app.settings()["modelMappings"])) or name
     found = catalogue.find(target)
     if found is None:
         raise ClientError(f"The model '{name}' does not exist.", status=404, code="model_not_found")
-    return Reply(model_entry(catalogue.records[found[0]], whole=True))
+    return Response(model_entry(catalogue.records[found[0]], whole=True))
 
 
-def show_usage(app: App, inbound: Inbound, name: str) -> Reply:
+def show_usage(app: App, inbound: Inbound, name: str) -> Response:
     """GET /usage."""
-    return Reply(account_usage(app.provider))
+    return Response(account_usage(app.provider))
 
 
-def show_token(app: App, inbound: Inbound, name: str) -> Reply:
+def show_token(app: App, inbound: Inbound, name: str) -> Response:
     """GET /token: the Copilot token itself."""
-    return Reply({"token": app.accounts.bearer().bearer.reveal()})
+    return Response({"token": app.accounts.bearer().bearer.reveal()})
 
 
-def device_code(app: App, inbound: Inbound, name: str) -> Reply:
+def device_code(app: App, inbound: Inbound, name: str) -> Response:
     """The sign-in code, as a page or as JSON; POST asks for a new one."""
     if app.accounts.active is None or inbound.method == "POST":
         app.accounts.device.begin(anew=inbound.method == "POST")
@@ -6589,24 +6589,24 @@ def device_code(app: App, inbound: Inbound, name: str) -> Reply:
     if app.accounts.active is not None and shown["state"] == "idle":
         shown = {"state": "signed_in", "login": app.accounts.active.login}
     if "text/html" in inbound.headers.get("accept", "") and app.device_page is not None:
-        return Reply(app.device_page(shown))
-    return Reply(shown, 502 if shown["state"] == "failed" and not shown.get("user_code") else 200)
+        return Response(app.device_page(shown))
+    return Response(shown, 502 if shown["state"] == "failed" and not shown.get("user_code") else 200)
 
 
-def reload_config(app: App, inbound: Inbound, name: str) -> Reply:
+def reload_config(app: App, inbound: Inbound, name: str) -> Response:
     """POST /admin/config/reload: a broken file keeps the settings of before."""
     try:
         app.reload()
     except SetupError as error:
         raise ClientError(error.message, status=400, code="invalid_config") from error
-    return Reply({"configPath": app.paths.config, "reloaded": True})
+    return Response({"configPath": app.paths.config, "reloaded": True})
 
 
-def refuse_socket(app: App, inbound: Inbound, name: str) -> Reply:
+def refuse_socket(app: App, inbound: Inbound, name: str) -> Response:
     """GET /v1/responses: Codex falls back to HTTP at once on 426, and only on that (clients.md)."""
     if inbound.headers.get("upgrade", "").lower() != "websocket":
         raise ClientError(f"{inbound.path} answers POST", status=405, headers={"Allow": "POST, OPTIONS"})
-    return Reply("", 426, [("Upgrade", "websocket")])
+    return Response("", 426, [("Upgrade", "websocket")])
 
 
 # ---- routes -----------------------------------------------------------------
@@ -6620,7 +6620,7 @@ class Route:
     path: str  # may end in `/*`: the rest is passed on as a name
     access: str
     dialect: str
-    plain: Optional[Callable[[App, Inbound, str], Reply]] = None
+    plain: Optional[Callable[[App, Inbound, str], Response]] = None
     endpoint: str = ""  # recorded under this name; "" is not recorded
 
 
@@ -6872,7 +6872,7 @@ class _Call:
                    ("Access-Control-Max-Age", "600")] if cors_headers(self.headers, self.settings) else []
         if headers and "access-control-request-private-network" in self.headers:
             headers.append(("Access-Control-Allow-Private-Network", "true"))
-        self._send(Reply("", 204, headers))
+        self._send(Response("", 204, headers))
 
     def _body(self) -> bytes:
         """The decoded body; a client that waits for it is told to go on first."""
@@ -6898,7 +6898,7 @@ class _Call:
         except OSError as exc:
             raise ClientGone from exc
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: Response) -> None:
         """A complete answer; no body for HEAD, 204 and 304, whatever the headers say."""
         body, kind = reply.encoded()
         headers = [*reply.headers, *self.base_headers]
@@ -6926,7 +6926,7 @@ class _Call:
             self.keep = False
             self.base_headers = [*self.base_headers, ("Connection", "close")]
         try:
-            self._send(Reply(body, error.status, headers))
+            self._send(Response(body, error.status, headers))
             if self.unread and not self.keep:
                 self.line.sock.shutdown(socket.SHUT_WR)
                 self.reader.linger()
