@@ -545,27 +545,42 @@ def html_title(page: str) -> str:
     return f"upstream answered with an HTML page ({title}); a proxy or firewall may stand in between"
 
 
+LONGEST_WAIT_S = 1e9  # beyond it (and for inf and nan) a header says nothing
+
+
 def stated_wait(headers: Dict[str, str], message: str, now: float) -> Optional[float]:
     """Seconds upstream asks to wait: `retry-after-ms`, `retry-after` as seconds or date, or its own words."""
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        if headers.get("retry-after", "").strip():
-            return max(0.0, float(headers["retry-after"]))
-    except ValueError:
-        moment = email.utils.parsedate_tz(headers.get("retry-after", ""))
-        if moment:
-            return max(0.0, email.utils.mktime_tz(moment) - now)
     found = PROSE_WAIT.search(message)
-    return float(found.group(1)) * WAIT_UNITS.get((found.group(2) or "").lower(), 1.0) if found else None
+    stated = (seconds_of(headers.get("retry-after-ms"), 0.001), seconds_of(headers.get("retry-after")),
+              seconds_until(headers.get("retry-after"), now),
+              seconds_of(found.group(1), WAIT_UNITS.get((found.group(2) or "").lower(), 1.0)) if found else None)
+    return next((wait for wait in stated if wait is not None), None)
+
+
+def seconds_of(text: Optional[str], unit_s: float = 1.0) -> Optional[float]:
+    """A number of units as seconds, None when it is no usable number."""
+    try:
+        wait = float(text or "") * unit_s
+    except ValueError:
+        return None
+    return max(0.0, wait) if wait < LONGEST_WAIT_S else None
+
+
+def seconds_until(text: Optional[str], now: float) -> Optional[float]:
+    """Seconds until an HTTP date, None when it is none."""
+    try:
+        return max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(text or "") or ()) - now)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
 
 
 def stated_reset(headers: Dict[str, str], parsed: Optional[Json]) -> Optional[float]:
     """When the limit ends, from `resets_at` of the body or `x-ratelimit-reset` (both Unix seconds)."""
     inner = (parsed or {}).get("error")
-    for value in ((inner.get("resets_at") if isinstance(inner, dict) else None), headers.get("x-ratelimit-reset")):
+    stated = (inner.get("resets_at") if isinstance(inner, dict) else None, headers.get("x-ratelimit-reset"))
+    for value in stated:
         try:
-            if value is not None:
+            if value is not None and 0 <= float(value) < 1e12:
                 return float(value)
         except (TypeError, ValueError):
             continue
@@ -1690,6 +1705,9 @@ class ResponsesMeter(Meter):
 MESSAGES_ROLES = frozenset(("user", "assistant", "system"))
 MESSAGE_STOP = re.compile(rb'"type"\s*:\s*"message_stop"')
 MESSAGES_ERROR = re.compile(rb'"type"\s*:\s*"error"')
+# Texts of an overflow on which Claude Code compacts (clients.md).
+COMPACTING = re.compile("prompt is too long|maximum context length|context_length_exceeded|exceeds the context window"
+                        "|input is too long for requested model", re.I)
 # fields of a usage object that a later one overrides
 MESSAGES_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens", "output_tokens_details")
 
@@ -1811,11 +1829,14 @@ class MessagesCodec(Codec):
         """{"type":"error","error":{"type","message"}}, overflow in the words Claude Code compacts on."""
         failure = getattr(error, "failure", None)
         message = redact(error.message)
+        overflow = failure is not None and failure.kind == "overflow"
         if failure is not None and failure.overflow:
             message = "prompt is too long: {} tokens > {} maximum".format(*failure.overflow)
+        elif overflow and not COMPACTING.search(message):
+            message += " (the prompt exceeds the context window)"
         kind = ERROR_TYPES.get(error.status, ("", "api_error"))[1]
         inner = {"type": kind, "message": message}
-        if error.code and not (failure is not None and failure.overflow):
+        if error.code and not overflow:
             inner["code"] = error.code
         body: Json = {"type": "error", "error": inner}
         if failure is not None and failure.request_id:
@@ -3489,7 +3510,7 @@ def unknown_keys(config: Json) -> List[str]:
             if key is None:
                 import difflib  # only for this message
                 near = difflib.get_close_matches(prefix + name, spellings, 1, 0.5)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = f"; did you mean {spellings[near[0]]}?" if near else ""
                 lines.append(f"config.json: unknown key {prefix + name} is kept and ignored{hint}")
             elif key in groups and key not in known and isinstance(value, dict):
                 look(value, key + ".")
@@ -4449,6 +4470,8 @@ class Watch:
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._lines: Dict[int, ClientLine] = {}  # by descriptor; single dict operations, safe between threads
+        self._waker, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._stopped = False
         self._thread: Optional[threading.Thread] = None
 
@@ -4460,9 +4483,11 @@ class Watch:
     def stop(self) -> None:
         """Ends the thread within one step."""
         self._stopped = True
+        self._waker.close()
         if self._thread is not None:
             self._thread.join(2)
         self._selector.close()
+        self._woken.close()
 
     def lines(self) -> List[ClientLine]:
         """The requests under watch."""
@@ -4501,7 +4526,8 @@ class Watch:
             except OSError:
                 ready = []  # a descriptor was closed while we waited; the next turn sees the rest
             for key, _ in ready:
-                self._look(key.data)
+                if key.data is not None:
+                    self._look(key.data)
             now = self._clock()
             if keep_alive_s and now - scanned_at >= step:
                 scanned_at = now
