@@ -82,6 +82,7 @@ import urllib.request
 import zlib
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -1104,6 +1105,11 @@ class Meter:
     def close(self, failure: Optional[Failure]) -> bytes:
         raise NotImplementedError
 
+    def _keep(self, frames: bytes) -> None:
+        """Remembers a read; comments alone (upstream's own keep-alives) would push the last frames out."""
+        if frames[:1] != b":":
+            self._recent.append(frames)
+
     def _last_objects(self) -> Iterator[Json]:
         """The JSON of the frames kept, newest first."""
         for frame in reversed(split_frames(b"".join(self._recent))):
@@ -1112,11 +1118,13 @@ class Meter:
                 yield value
 
 
-CUT = Failure("transport", "provider", 502, "the upstream connection ended before the answer was complete", INTERRUPTED)
+CUT = Failure("transport", "provider", 502, "the upstream connection ended before the answer was complete", INTERRUPTED,
+              transient=True)
 
 # The status an error frame would have had as an answer of its own, by its type or code up to a colon.
 STREAM_ERROR_STATUS = {
-    "invalid_request_error": 400, "context_length_exceeded": 400, "bad_request": 400, "authentication_error": 401,
+    "invalid_request_error": 400, "context_length_exceeded": 400, "model_max_prompt_tokens_exceeded": 400,
+    "previous_response_not_found": 400, "cyber_policy": 422, "bad_request": 400, "authentication_error": 401,
     "permission_error": 403, "not_found_error": 404, "not_found": 404, "request_too_large": 413, "content_filter": 422,
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "rate_limited": 429, "user_model_rate_limited": 429,
     "user_global_rate_limited": 429, "integration_rate_limited": 429, "model_overloaded": 429, "quota_exceeded": 402,
@@ -1386,8 +1394,8 @@ class ChatMeter(Meter):
     def feed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._recent.append(frames)
-        if self._pin and 0 < frames.count(self._pin) == frames.count(b"\n\n"):
+        self._keep(frames)
+        if self._pin and 0 < frames.count(self._pin) == frames.count(b"\n\n") and b"\r" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
@@ -1414,7 +1422,7 @@ class ChatMeter(Meter):
                 self._held.append(frame)
                 return b""
             self._id = own if isinstance(own, str) and own else f"chatcmpl-{self.trace_id}"
-            found = re.search(rb'"id"\s*:\s*"' + re.escape(self._id.encode()) + rb'"', frame)
+            found = re.search(rb'"id"\s*:\s*"' + re.escape(self._id.encode("utf-8", "surrogatepass")) + rb'"', frame)
             self._pin = found.group(0) if found else dump_json({"id": self._id})[1:-1]
             held, self._held = self._held, []
             return b"".join(map(self._frame, held)) + self._frame(frame)
@@ -1422,14 +1430,19 @@ class ChatMeter(Meter):
 
     def _done(self, frame: bytes) -> bytes:
         self.ended = True
+        return self._identified() + frame
+
+    def _identified(self) -> bytes:
+        """The chunks still held for want of an id, under one of ours."""
         held, self._held = self._held, []
-        return b"".join(held) + frame
+        chunks = [(frame, frame_json(frame)) for frame in held]
+        return b"".join([with_chunk_id(frame, chunk, f"chatcmpl-{self.trace_id}") if chunk else frame for frame, chunk in chunks])
 
     def close(self, failure: Optional[Failure]) -> bytes:
         self._learn()
         if self.ended:
             return b""
-        rest = b"".join(self._held)
+        rest = self._identified()
         self.ended = True
         if self.error is not None or self.stop_reason:
             return rest + b"data: [DONE]\n\n"
@@ -1440,21 +1453,21 @@ class ChatMeter(Meter):
         """Reads usage, model and finish reason out of the last frames."""
         reasons = CHAT_FINISH.findall(b"".join(self._recent))
         self.stop_reason = reasons[-1].decode() if reasons else None
+        billed = None
         for chunk in self._last_objects():
             self.served_model = self.served_model or text_or_none(chunk.get("model")) or ""
-            usage = chat_usage(chunk.get("usage"), chunk)
-            billed = billed_nano(chunk)
+            billed = billed or billed_nano(chunk)  # it may come in a chunk of its own
             if self.usage is None or not self.usage.total:
-                self.usage = usage or self.usage
-            if billed and self.usage:
-                self.usage.billed_nano = billed
+                self.usage = chat_usage(chunk.get("usage"), chunk) or self.usage
+        if billed and self.usage:
+            self.usage.billed_nano = billed
 
 
 def with_chunk_id(frame: bytes, chunk: Json, wanted: str) -> bytes:
     """The frame with another top-level id. Its other bytes stay upstream's where the id can be found for sure."""
     own = chunk.get("id")
     if isinstance(own, str):
-        spot = re.findall(rb'"id"\s*:\s*"' + re.escape(own.encode()) + rb'"', frame)
+        spot = re.findall(rb'"id"\s*:\s*"' + re.escape(own.encode("utf-8", "surrogatepass")) + rb'"', frame)
         if len(spot) == 1:
             return frame.replace(spot[0], dump_json({"id": wanted})[1:-1], 1)
     chunk["id"] = wanted
@@ -1479,7 +1492,7 @@ RESPONSES_RESULTS = {"function_call_output": "function", "custom_tool_call_outpu
                      "tool_search_output": "search", "local_shell_call_output": "server"}
 RESPONSES_ROLES = frozenset(("system", "developer", "user", "assistant"))
 RESPONSES_TERMINALS = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
-SEQUENCE_NUMBER = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
 
 
 def responses_part(part: Any) -> Block:
@@ -1620,7 +1633,7 @@ class ResponsesMeter(Meter):
     def feed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._recent.append(frames)
+        self._keep(frames)
         if b'"response"' not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
@@ -1651,7 +1664,7 @@ class ResponsesMeter(Meter):
             self._learn(event, response)
         if own == self._id:
             return frame
-        spot = re.findall(rb'"id"\s*:\s*"' + re.escape(own.encode()) + rb'"', frame)
+        spot = re.findall(rb'"id"\s*:\s*"' + re.escape(own.encode("utf-8", "surrogatepass")) + rb'"', frame)
         if own and len(spot) == 1:
             return frame.replace(spot[0], dump_json({"id": self._id})[1:-1], 1)
         response["id"] = self._id
@@ -1860,12 +1873,13 @@ class MessagesMeter(Meter):
         super().__init__(trace_id)
         self._codec = codec
         self._usage: Json = {}  # of message_start, overridden by message_delta
+        self._billed: Optional[int] = None
         self._started = False
 
     def feed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._recent.append(frames)
+        self._keep(frames)
         if self._started and b"message_stop" not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
@@ -1876,17 +1890,19 @@ class MessagesMeter(Meter):
         if not self._started and b"message_start" in frame:
             self._start(frame)
         elif b"message_stop" in frame and MESSAGE_STOP.search(frame):
-            self.ended = True
+            self.ended = (frame_json(frame) or {}).get("type") == "message_stop"
         elif b"error" in frame and MESSAGES_ERROR.search(frame):
             self._fail(frame)
         return frame
 
     def _start(self, frame: bytes) -> None:
-        message = (frame_json(frame) or {}).get("message")
+        event = frame_json(frame) or {}
+        message = event.get("message")
         if isinstance(message, dict):
             self._started = True
             self.served_model = text_or_none(message.get("model")) or ""
             self._usage = message["usage"] if isinstance(message.get("usage"), dict) else {}
+            self._billed = billed_nano(event) or billed_nano(message)
 
     def _fail(self, frame: bytes) -> None:
         event = frame_json(frame)
@@ -1908,6 +1924,8 @@ class MessagesMeter(Meter):
         self.stop_reason = text_or_none(delta.get("stop_reason")) if isinstance(delta, dict) else None
         later = {name: usage[name] for name in MESSAGES_USAGE if usage.get(name) is not None} if isinstance(usage, dict) else {}
         self.usage = messages_usage({**self._usage, **later}, last) if self._usage or later else None
+        if self.usage is not None and self.usage.billed_nano is None:
+            self.usage.billed_nano = self._billed
 
 
 ###############################################################################
@@ -2938,10 +2956,10 @@ def decide_initiator(request: Request, policy: str) -> Tuple[str, str]:
         return "user", "new words beside a tool result" if results else "new words"
     if results:
         return "agent", "loop text beside tool results" if texts else "tool results"
-    if texts:
-        return "agent", "loop text"
     if any(isinstance(block, (Image, File)) for block in turn):
         return "user", "new media"
+    if texts:
+        return "agent", "loop text"
     if turn:
         return "agent", "no words"
     return ("agent", "assistant turn last") if request.messages else ("user", "empty input")
@@ -3070,6 +3088,7 @@ class Paths:
         """Creates the directories, readable by the owner only; raises SetupError."""
         try:
             os.makedirs(self.home, 0o700, exist_ok=True)
+            os.chmod(self.home, 0o700)  # an older fork's is open to all
             os.makedirs(os.path.dirname(self.token), 0o700, exist_ok=True)
         except OSError as exc:
             raise SetupError(f"cannot create {self.home}: {exc.strerror}; set COPILOT_API_HOME to a writable folder") from exc
@@ -3138,7 +3157,7 @@ class HomeLock:
     def __enter__(self) -> HomeLock:
         self._threads.acquire()
         try:
-            self._file = open(self._path, "a+")
+            self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
             self._system_lock(True)
         except OSError:
             pass  # a file system without locks, or a full disk: our threads are still kept apart
@@ -3778,16 +3797,17 @@ class Stopper:
     `close`: closing does not wake a reader and frees the number for reuse).
     """
 
-    __slots__ = ("stopped", "_lock", "_sock", "_event")
+    __slots__ = ("stopped", "_error", "_lock", "_sock", "_event")
 
     def __init__(self) -> None:
         self.stopped = False
+        self._error: Exception = ClientGone()
         self._lock = threading.Lock()
         self._sock: Optional[socket.socket] = None  # guarded by _lock
         self._event = threading.Event()
 
     def attach(self, sock: socket.socket) -> None:
-        """Puts a socket under the switch; raises ClientGone when it was thrown already."""
+        """Puts a socket under the switch; raises when it was thrown already."""
         with self._lock:
             self._sock = sock
         self.check()
@@ -3797,8 +3817,10 @@ class Stopper:
         with self._lock:
             self._sock = None
 
-    def stop(self) -> None:
-        """Throws the switch."""
+    def stop(self, error: Optional[Exception] = None) -> None:
+        """Throws the switch; whoever waits is told by `error`, by default that the client is gone."""
+        if error is not None:
+            self._error = error
         self.stopped = True
         self._event.set()
         with self._lock:
@@ -3810,14 +3832,14 @@ class Stopper:
                     pass  # already closed by the far end
 
     def check(self) -> None:
-        """Raises ClientGone when the switch was thrown."""
+        """Raises when the switch was thrown."""
         if self.stopped:
-            raise ClientGone
+            raise self._error
 
     def wait(self, seconds: float) -> None:
-        """Waits, or raises ClientGone as soon as the switch is thrown."""
-        if self._event.wait(seconds):
-            raise ClientGone
+        """Waits, or raises as soon as the switch is thrown."""
+        self._event.wait(seconds)
+        self.check()
 
 
 class Conn:
@@ -4442,7 +4464,7 @@ class ClientLine:
         if now < due or not self._lock.acquire(False):
             return
         try:
-            if not self.ended:
+            if self.keep_alive and not self.ended:  # asked again under the lock: `settle` may have come between
                 self._nudge(now)
         finally:
             self._lock.release()
@@ -4852,15 +4874,20 @@ class Accounts:
             if self._terminal:
                 self.device.begin()
 
-    def _next_account(self) -> None:
-        """Makes the next candidate that is not refused the active account; none: stays signed out."""
-        self.active = None
+    def _next_account(self, failed: Optional[Account] = None) -> None:
+        """Makes the next candidate that is not refused the active account, in place of `failed`; none: signed out.
+
+        `failed` stays active until then, so that other requests do not meet a gap.
+        """
+        if self.active is not failed:
+            return  # somebody was quicker
         for source, token in self._candidates:
             useless = next((what for prefix, what in USELESS_TOKENS.items() if token.startswith(prefix)), None)
             if useless:
                 self._log.warning(f"GitHub token from {source} is {useless}; it cannot be used for Copilot and is skipped")
             elif self._try(Account(token, source)):
                 return
+        self.active = None
 
     def _try(self, account: Account) -> bool:
         """Whether the account works or may work later; it is active then."""
@@ -4943,25 +4970,36 @@ class Accounts:
         """
         if not self.settled.is_set():
             wait_for(self.settled, self._settings()["streams.statusHoldSeconds"], stopper)
-        account = self.active
-        if account is None:
-            raise self.sign_in_needed()
-        token = account.copilot
-        if token is not None and token.is_fresh(self._clock()):
-            return token
-        try:
-            return account.flight.run(lambda: self._mint(account), stopper)
-        except ExchangeError as exc:
-            raise self._exchange_failed(account, exc) from exc
+        while True:
+            account = self.active
+            if account is None:
+                raise self.sign_in_needed()
+            try:
+                return self._fresh(account) or account.flight.run(partial(self._fresh_or_minted, account), stopper)
+            except ExchangeError as exc:
+                if exc.verdict == "later" or not self._replaced(account, exc, stopper):
+                    raise self._exchange_failed(exc) from exc
 
-    def _exchange_failed(self, account: Account, exc: ExchangeError) -> ProxyError:
-        """What a request is told; an account refused for good makes way for the next one found."""
-        if exc.verdict == "later":
-            return UpstreamError(Failure("auth", "account", exc.status, str(exc), "token_exchange_failed", transient=True))
+    def _fresh(self, account: Account) -> Optional[CopilotToken]:
+        token = account.copilot
+        return token if token is not None and token.is_fresh(self._clock()) else None
+
+    def _fresh_or_minted(self, account: Account) -> CopilotToken:
+        """Asked again inside the flight: the one before may just have landed."""
+        return self._fresh(account) or self._mint(account)
+
+    def _replaced(self, account: Account, exc: ExchangeError, stopper: Optional[Stopper]) -> bool:
+        """An account refused for good makes way for the next one found; True when another one is active now."""
         self.refusal = str(exc)
         if self.active is account:
             self._log.warning(f"GitHub token from {account.source}: {exc}")
-            self._settling.run(self._next_account)
+        self._settling.run(partial(self._next_account, account), stopper)
+        return self.active is not None and self.active is not account
+
+    def _exchange_failed(self, exc: ExchangeError) -> ProxyError:
+        """What a request is told."""
+        if exc.verdict == "later":
+            return UpstreamError(Failure("auth", "account", exc.status, str(exc), "token_exchange_failed", transient=True))
         if exc.status == 403:
             return UpstreamError(Failure("policy", "account", 403, str(exc), "copilot_access"))
         return self.sign_in_needed()
@@ -5133,9 +5171,10 @@ class DeviceFlow:
             if self._set(stopped, "refused" if exc.code == REFUSED_BY_USER else "failed", str(exc)):
                 self._log.warning(f"sign-in failed: {exc}")
             return
-        if token and self._set(stopped, "done"):
+        if token and stopped is self._stopped:
             self._log.info("signed in to GitHub")
-            self._accounts.adopt(token, "device sign-in")
+            self._accounts.adopt(token, "device sign-in")  # before "done": a poll in between must not start a new code
+            self._set(stopped, "done")
 
     def _set(self, stopped: threading.Event, state: str, reason: str = "", document: Optional[Json] = None) -> bool:
         """Changes the state, unless a newer flow has taken over."""
@@ -5783,8 +5822,6 @@ class Sender:
 
         A refused Copilot token is replaced once, and the request replayed.
         """
-        settings = self._settings()
-        policy = RetryPolicy(settings["maxConnectionRetries"], settings["streams.retryWaitSeconds"], self._unit_s)
         accounts = self._provider.accounts
         renewed, repeats = False, 0
         while True:
@@ -5798,12 +5835,20 @@ class Sender:
                 self._log.debug(f"upstream answered {failure.status}; a fresh Copilot token is tried once")
                 accounts.spoil(token)
                 continue
-            delay = policy.delay(failure, repeats)
-            if delay is None:
+            if not self.wait_to_repeat(failure, repeats, stopper):
                 raise UpstreamError(unreachable(failure.message, exchange.attempts) if failure.code == UNREACHABLE else failure)
             repeats += 1
-            self._log.debug(f"attempt {exchange.attempts} failed ({failure.status} {failure.kind}); again in {delay:g} s")
-            stopper.wait(delay)
+
+    def wait_to_repeat(self, failure: Failure, repeats: int, stopper: Stopper) -> bool:
+        """Waits as long as RetryPolicy says after `repeats` repeats; False when it says to give up."""
+        settings = self._settings()
+        policy = RetryPolicy(settings["maxConnectionRetries"], settings["streams.retryWaitSeconds"], self._unit_s)
+        delay = policy.delay(failure, repeats)
+        if delay is None:
+            return False
+        self._log.debug(f"an attempt failed ({failure.status} {failure.kind}); again in {delay:g} s")
+        stopper.wait(delay)
+        return True
 
     def attempt(self, plan: Plan, token: CopilotToken, wire: bytes, stopper: Stopper, inbound: Inbound,
                 exchange: Exchange) -> Tuple[Optional[Answer], Failure]:
@@ -5847,15 +5892,14 @@ class Gateway:
         plan.caller = identify(inbound.headers, body, request, self._machine_id, self._settings()["initiatorPolicy"])
         self._watch.add(line)
         self._planner.choose(plan, line.stopper)
-        if plan.stream:
-            line.may_open_early(answer_head(200, stream_headers(plan, inbound, {}, line)), codec.keep_alive)
-        self._permit(plan, line.stopper)
         quirks = quirks_for(plan)
         wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
+            line.may_open_early(answer_head(200, stream_headers(plan, inbound, {}, line)), codec.keep_alive)
             self._stream(plan, wire, quirks, inbound, line, exchange)
         else:
-            self._whole(plan, wire, inbound, line, exchange)
+            self._permit(plan, line.stopper)
+            self._repeated(partial(self._whole, plan, wire, inbound, line, exchange), line, exchange)
 
     def _permit(self, plan: Plan, stopper: Stopper) -> None:
         """Rate limit, then the operator's yes."""
@@ -5863,7 +5907,8 @@ class Gateway:
         self._gate.pass_through(settings, stopper)
         if settings["manualApprove"] and self._approve is not None:
             with self._approve_lock:
-                allowed = self._approve(f"{plan.caller.client or 'a client'} asks {plan.model} ({plan.dialect})")
+                stopper.check()
+                allowed = self._approve(f"{json.dumps(plan.caller.client or 'a client')} asks {json.dumps(plan.model)} ({plan.dialect})")
             if not allowed:
                 raise ClientError("Request rejected by the operator", status=403, code="request_rejected")
 
@@ -5883,68 +5928,82 @@ class Gateway:
     def _stream(self, plan: Plan, wire: bytes, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine,
                 exchange: Exchange) -> None:
         """Relays a stream. A failure before anything was sent is a real status, a later one the dialect's own ending."""
-        meter = CODECS[plan.dialect].meter(exchange.trace_id)
         try:
-            answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
+            self._permit(plan, line.stopper)
+            self._repeated(partial(self._relay, plan, wire, quirks, inbound, line, exchange), line, exchange)
         except ProxyError as error:
             if not line.settle():
                 raise
-            self._end_with(meter, failure_of(error), line, exchange)
-            return
+            failure = failure_of(error)
+            exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure
+            self._watch.remove(line)
+            line.finish(CODECS[plan.dialect].meter(exchange.trace_id).close(failure))
+
+    def _repeated(self, once: Callable[[], None], line: ClientLine, exchange: Exchange) -> None:
+        """Runs one relay, again when upstream broke off before anything reached the client; then 504 names the tries."""
+        repeats = 0
+        while True:
+            try:
+                return once()
+            except UpstreamError as error:
+                if error.failure.code != INTERRUPTED:
+                    raise
+                if not self._sender.wait_to_repeat(error.failure, repeats, line.stopper):
+                    raise UpstreamError(unreachable(error.failure.message, exchange.attempts)) from error
+                repeats += 1
+
+    def _relay(self, plan: Plan, wire: bytes, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine,
+               exchange: Exchange) -> None:
+        """Sends and relays once; raises UpstreamError while nothing of upstream's has been relayed."""
+        answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
         try:
             if "text/event-stream" not in answer.headers.get("content-type", "text/event-stream"):
-                self._not_a_stream(plan, answer, inbound, line, exchange, meter)
+                self._not_a_stream(plan, answer, inbound, line, exchange)
                 return
-            self._pump(plan, answer, FramePatch(plan, quirks), meter, inbound, line, exchange)
+            meter = CODECS[plan.dialect].meter(exchange.trace_id)
+            try:
+                self._pump(plan, answer, FramePatch(plan, quirks), meter, inbound, line, exchange)
+            except ClientGone:
+                meter.close(CUT)  # what was used so far is still billed
+                exchange.usage, exchange.served_model = meter.usage, meter.served_model
+                raise
             if meter.error is None:
                 answer.drain(DRAIN_S)
         finally:
             answer.close()
 
-    def _end_with(self, meter: Meter, failure: Failure, line: ClientLine, exchange: Exchange) -> None:
-        """Ends a stream whose status line is out already."""
-        self._watch.remove(line)
-        exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure
-        line.finish(meter.close(failure))
-
     def _pump(self, plan: Plan, answer: Answer, patch: FramePatch, meter: Meter, inbound: Inbound, line: ClientLine,
               exchange: Exchange) -> None:
         """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
-        try:
-            self._move_frames(plan, answer, patch, meter, inbound, line, exchange)
-        except ClientGone:
-            meter.close(CUT)  # what was used so far is still billed
-            exchange.usage, exchange.served_model = meter.usage, meter.served_model
-            raise
-
-    def _move_frames(self, plan: Plan, answer: Answer, patch: FramePatch, meter: Meter, inbound: Inbound, line: ClientLine,
-                     exchange: Exchange) -> None:
         head = answer_head(200, stream_headers(plan, inbound, answer.headers, line))
-        buffer, failure, opened, last = FrameBuffer(), None, False, b""
+        buffer, failure, relayed, last = FrameBuffer(), None, False, b""
         while not meter.ended:
             try:
                 data = answer.read()
             except TransportError as exc:
-                failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED)
+                failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=True)
+                break
+            except UpstreamError as error:
+                failure = error.failure  # the gateway stops
                 break
             if not data and not is_whole_frame(buffer.rest()):
                 break
             frames = buffer.feed(data or b"\n\n")  # an end without its blank line still ends the last frame
             out = patch.feed(meter.feed(frames)) if frames else b""
-            if not opened and meter.error is not None and not line.settle():
+            if not relayed and meter.error is not None:
                 raise UpstreamError(meter.error)
             if meter.ended:
                 last = out
-            elif out and opened:
+            elif out and relayed:
                 line.send(out)
             elif out:
-                opened = True
+                relayed = True
                 line.send_first(head, out)
                 exchange.first_byte_ms = elapsed_ms(exchange)
             if not data:
                 break
-        if not opened and failure is not None and not line.settle():
-            raise UpstreamError(failure)
+        if not relayed and not meter.ended:
+            raise UpstreamError(failure or CUT)
         self._finish(meter, failure, head, last, line, exchange)
 
     def _finish(self, meter: Meter, failure: Optional[Failure], head: bytes, last: bytes, line: ClientLine,
@@ -5959,23 +6018,23 @@ class Gateway:
         self._watch.remove(line)
         line.finish(closing, head)
 
-    def _not_a_stream(self, plan: Plan, answer: Answer, inbound: Inbound, line: ClientLine, exchange: Exchange,
-                      meter: Meter) -> None:
+    def _not_a_stream(self, plan: Plan, answer: Answer, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
         """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
         body = read_whole(answer)
+        value = self._good_object(answer, body)
+        if line.settle():
+            raise UpstreamError(Failure("transport", "provider", 502, "upstream did not stream its answer"))
+        self._send_whole(plan, answer, body, value, inbound, line, exchange)
+
+    @staticmethod
+    def _good_object(answer: Answer, body: bytes) -> Json:
+        """The JSON of a whole answer; raises UpstreamError for pages and error objects that came as 200."""
         value = json_object(body)
         if value is None:
-            failure = classify(502, answer.headers, body, time.time())
-        elif is_error_object(value):
-            failure = stream_failure(value)
-        else:
-            failure = Failure("transport", "provider", 502, "upstream did not stream its answer", INTERRUPTED)
-        if line.settle():
-            self._end_with(meter, failure, line, exchange)
-        elif value is None or is_error_object(value):
-            raise UpstreamError(failure)
-        else:
-            self._send_whole(plan, answer, body, value, inbound, line, exchange)
+            raise UpstreamError(classify(502, answer.headers, body, time.time()))
+        if is_error_object(value):
+            raise UpstreamError(stream_failure(value))
+        return value
 
     # ---- whole answers ------------------------------------------------------
 
@@ -5984,12 +6043,7 @@ class Gateway:
         answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
         try:
             body = read_whole(answer)
-            value = json_object(body)
-            if value is None:
-                raise UpstreamError(classify(502, answer.headers, body, time.time()))
-            if is_error_object(value):
-                raise UpstreamError(stream_failure(value))
-            self._send_whole(plan, answer, body, value, inbound, line, exchange)
+            self._send_whole(plan, answer, body, self._good_object(answer, body), inbound, line, exchange)
         finally:
             answer.close()
 
@@ -6158,7 +6212,7 @@ def read_whole(answer: Answer) -> bytes:
     try:
         return answer.read_all()
     except TransportError as exc:
-        raise UpstreamError(Failure("transport", "provider", 502, str(exc), "upstream_interrupted")) from exc
+        raise UpstreamError(Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=True)) from exc
 
 
 def failure_of(error: ProxyError) -> Failure:
@@ -6273,7 +6327,7 @@ def quota_entry(name: str, snapshot: Json) -> Json:
 
 # Unread body bytes we take in after a refusal, so that the client reads our answer instead of a reset.
 LINGER_BYTES, LINGER_S = 1 << 20, 1.0
-FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "cf-connecting-ip")
+FORWARDING_HEADERS = ("forwarded", "x-forwarded-", "x-real-ip", "cf-connecting-ip")  # beginnings
 ALLOWED_METHODS = "GET,HEAD,PUT,POST,DELETE,PATCH,OPTIONS"
 
 
@@ -6285,6 +6339,7 @@ class App:
     reload: Callable[[], None]
     paths: Paths
     log: Log
+    upstream: Upstream
     watch: Watch
     accounts: Accounts
     provider: Copilot
@@ -6298,6 +6353,7 @@ class App:
     device_page: Optional[Callable[[Json], str]] = None
     started_at: float = field(default_factory=time.time)
     served: int = 0
+    running: Dict[int, str] = field(default_factory=dict)  # calls not yet recorded; single dict operations
 
 
 @dataclass
@@ -6484,7 +6540,7 @@ def header_keys(headers: Dict[str, str]) -> List[str]:
 
 def is_loopback_caller(peer: str, headers: Dict[str, str]) -> bool:
     """Whether the request comes from this machine and was not passed on by a proxy."""
-    return is_loopback(peer) and not any(name in headers for name in FORWARDING_HEADERS)
+    return is_loopback(peer) and not any(name.startswith(FORWARDING_HEADERS) for name in headers)
 
 
 def host_name(value: str) -> str:
@@ -6507,17 +6563,18 @@ def is_own_host(value: str, settings: Settings) -> bool:
     return not is_loopback(settings["host"])
 
 
-def is_foreign(headers: Dict[str, str], settings: Settings) -> bool:
-    """Whether a page of another site sent this request (Origin, Sec-Fetch-Site)."""
+def is_foreign(headers: Dict[str, str], settings: Settings, secret: bool) -> bool:
+    """Whether a page of another site sent this request (Origin, Sec-Fetch-Site). `*` opens no secrets."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     if origin is not None:
-        return not is_allowed_origin(origin, settings)
+        return not is_allowed_origin(origin, settings, not secret)
     return site not in ("none", "same-origin")
 
 
-def is_allowed_origin(origin: str, settings: Settings) -> bool:
+def is_allowed_origin(origin: str, settings: Settings, wildcard: bool = True) -> bool:
     """Loopback origins, our own names, and those of `cors.origins`; `null` never."""
-    if "*" in settings["cors.origins"] or origin in settings["cors.origins"]:
+    allowed = settings["cors.origins"]
+    if origin != "null" and (origin in allowed or wildcard and "*" in allowed):
         return True
     name = host_name(origin.partition("://")[2].partition("/")[0])
     return bool(name) and (is_loopback(name) or name in map(str.lower, settings["allowedHosts"]))
@@ -6755,6 +6812,8 @@ class Handler(socketserver.BaseRequestHandler):
             call.refuse(ProxyError("internal error; the gateway's log says more", code="internal_error"))
         finally:
             call.end()
+        if call.lingers:
+            call.linger()
         return call.keep and not line.gone
 
 
@@ -6774,11 +6833,14 @@ class _Call:
         self.route = UNKNOWN_ROUTE
         self.keep = False
         self.unread = True  # the body has not been taken off the socket
+        self.lingers = False  # it was refused unread
         self.started = time.monotonic()
         self.base_headers: List[Tuple[str, str]] = []
 
     def begin(self, head: bytes, crowded: bool) -> None:
         """Reads the head; raises BadHead, ClientError."""
+        self.app.running[id(self)] = self.exchange.trace_id
+        self.settings = self.app.settings()  # keys may have changed while the connection was idle
         self.started = time.monotonic()
         self.exchange.started_ms = int(time.time() * 1000)
         self.line.started_at = self.line.sent_at = self.started
@@ -6880,7 +6942,7 @@ class _Call:
         admin = settings["auth.adminApiKey"]
         is_admin = admin is not None and has_key(header_keys(self.headers), [admin])
         navigation = self.method == "GET" and access in ("open", "device") and self.headers.get("sec-fetch-mode") == "navigate"
-        if is_foreign(self.headers, settings) and not (api_key or is_admin or navigation) and access != "open":
+        if is_foreign(self.headers, settings, secret=access in ("token", "device", "admin")) and not (api_key or is_admin or navigation) and access != "open":
             raise ClientError("requests of other sites' pages are refused; add the origin to cors.origins to allow it",
                               status=403, code="origin_refused")
         allowed = {"open": True, "key": api_key or not settings["auth.apiKeys"],
@@ -6948,24 +7010,36 @@ class _Call:
         body = codec.encode_error(error) if codec is not None else openai_error(error)
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
         headers = [*error_headers(error), ("x-request-id", request_id), ("request-id", request_id)]
-        if self.unread and ("transfer-encoding" in self.headers or "content-length" in self.headers):
+        # without headers the head itself was not understood: anything may follow
+        due = self.unread and (not self.headers or "transfer-encoding" in self.headers or "content-length" in self.headers)
+        if due and self.keep:
             self.keep = False
             self.base_headers = [*self.base_headers, ("Connection", "close")]
         try:
             self._send(Response(body, error.status, headers))
-            if self.unread and not self.keep:
-                self.line.sock.shutdown(socket.SHUT_WR)
-                self.reader.linger()
-        except (ClientGone, OSError):
+            self.lingers = due
+        except ClientGone:
             self.keep = False
+
+    def linger(self) -> None:
+        """Lets a client that is still sending read the refusal instead of a reset."""
+        try:
+            self.line.sock.shutdown(socket.SHUT_WR)
+            self.reader.linger()
+        except OSError:
+            pass  # it is gone already
 
     def end(self) -> None:
         """Records the exchange and lets go of the client."""
-        exchange, line = self.exchange, self.line
-        self.app.watch.remove(line)
-        if not exchange.endpoint:
+        self.app.watch.remove(self.line)
+        if self.exchange.endpoint:
+            self._record()
+        else:
             self._log_answer()
-            return
+        self.app.running.pop(id(self), None)
+
+    def _record(self) -> None:
+        exchange, line = self.exchange, self.line
         exchange.response_bytes = line.bytes_out
         exchange.duration_ms = int((time.monotonic() - self.started) * 1000)
         if line.gone and exchange.outcome in ("unfinished", "ok"):
@@ -7135,6 +7209,8 @@ def device_page(shown: Json) -> str:
 GLOBAL_OPTIONS = {"--api-home": "COPILOT_API_HOME", "--oauth-app": "COPILOT_API_OAUTH_APP",
                   "--enterprise-url": "COPILOT_API_ENTERPRISE_URL"}
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
+STOP_S = 2.0  # how long running requests may take to end when the gateway stops
+STOPPED = Failure("transport", "provider", 503, "the gateway was stopped", "gateway_stopped")
 RISK_NOTE = ("Note: this is not an official GitHub client. Heavy automated use can get a Copilot account restricted; "
              "use it as you would use your editor.")
 
@@ -7202,28 +7278,35 @@ def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0,
     watch = Watch(settings)
     planner = Planner(settings, models, accounts)
     sender = Sender(settings, provider, setup.log, unit_s)
-    now = settings()
     return App(
-        settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, watch=watch, accounts=accounts,
+        settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
         provider=provider, models=models, gateway=Gateway(settings, planner, sender, identity.machine_id, watch, ask_operator),
         embeddings=Embeddings(planner, sender, watch),
         counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log),
-        ledger=Ledger(now["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
-        handler_logs=HandlerLogs(setup.paths.logs, now["logRetentionDays"], setup.log) if now["verbose"] else None,
-        request_log=RequestLog(now["logFile"], setup.log) if now["logFile"] else None, device_page=device_page)
+        ledger=Ledger(settings()["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
+        device_page=device_page)
 
 
 def start_parts(app: App) -> None:
-    """Starts the threads of a composed gateway."""
+    """Opens the logs and starts the threads of a composed gateway; raises SetupError."""
+    settings = app.settings()
+    app.handler_logs = HandlerLogs(app.paths.logs, settings["logRetentionDays"], app.log) if settings["verbose"] else None
+    app.request_log = RequestLog(settings["logFile"], app.log) if settings["logFile"] else None
     app.ledger.start()
     app.watch.start()
     app.accounts.begin()
 
 
 def stop_parts(app: App) -> None:
-    """Ends them; what was recorded is committed."""
+    """Ends them: running streams get their dialect's ending, what was recorded is committed."""
+    for line in app.watch.lines():
+        line.stopper.stop(UpstreamError(STOPPED))
+    deadline = time.monotonic() + STOP_S
+    while app.running and time.monotonic() < deadline:
+        time.sleep(0.005)
     app.watch.stop()
     app.ledger.stop()
+    app.upstream.pool.close()
 
 
 def ask_operator(question: str) -> bool:
