@@ -1107,7 +1107,7 @@ class Meter:
 
     def _keep(self, frames: bytes) -> None:
         """Remembers a read; comments alone (upstream's own keep-alives) would push the last frames out."""
-        if frames[:1] != b":":
+        if b"data:" in frames:
             self._recent.append(frames)
 
     def _last_objects(self) -> Iterator[Json]:
@@ -1660,7 +1660,7 @@ class ResponsesMeter(Meter):
             self._id = own or f"resp_{self.trace_id}"
             self._response = response
         self.served_model = text_or_none(response.get("model")) or self.served_model
-        if event.get("type") in RESPONSES_TERMINALS:
+        if name_in(event, "type") in RESPONSES_TERMINALS:
             self._learn(event, response)
         if own == self._id:
             return frame
@@ -2652,6 +2652,8 @@ ENDPOINT_DIALECTS = {"chat/completions": CHAT, "responses": RESPONSES, "messages
 DIALECT_PATHS = {CHAT: "/v1/chat/completions", RESPONSES: "/v1/responses", MESSAGES: "/v1/messages",
                  EMBEDDINGS: "/v1/embeddings"}
 
+HOST_OR_QUERY = re.compile(r"^[a-z]+://[^/]*|[?#].*$")
+
 
 def endpoint_dialects(record: Json) -> List[str]:
     """The dialects a model is served in over HTTP; without metadata chat, or embeddings for that type.
@@ -2664,8 +2666,7 @@ def endpoint_dialects(record: Json) -> List[str]:
         return [EMBEDDINGS if model_capability(record, "type") == "embeddings" else CHAT]
     found = []
     for name in names:
-        path = urlsplit(name.strip().lower()).path if "://" in name else name.strip().lower()
-        path = path.strip("/")
+        path = HOST_OR_QUERY.sub("", name.strip().lower()).strip("/")
         dialect = ENDPOINT_DIALECTS.get(path[3:] if path.startswith("v1/") else path)
         if dialect and dialect not in found:
             found.append(dialect)
@@ -2779,7 +2780,8 @@ class Catalogue:
     def _add(self, record: Json) -> None:
         known = self.records.setdefault(record["id"], record)
         if known is not record and isinstance(record.get("supported_endpoints"), list):
-            joined = list(known.get("supported_endpoints") or [])
+            listed = known.get("supported_endpoints")
+            joined = list(listed) if isinstance(listed, list) else []
             joined.extend(name for name in record["supported_endpoints"] if name not in joined)
             self.records[record["id"]] = {**known, "supported_endpoints": joined}
 
@@ -2791,7 +2793,7 @@ class Catalogue:
         """(id, reason) of the model a name means; the reason is None when the name is the id. None: nobody has it."""
         if name in self.records:
             return name, None
-        if name.endswith(LONG_CONTEXT):
+        if name.lower().endswith(LONG_CONTEXT):
             base = self.find(name[:-len(LONG_CONTEXT)])
             if base is None:
                 return None
@@ -3003,7 +3005,7 @@ def detect_compaction(request: Request) -> int:
         return 1
     if said.startswith(LOOP_OPENINGS[:3]):
         return 2
-    systems = [block.text for message in request.messages if message.role == "system"
+    systems = [block.text for message in request.messages if message.role in ("system", "developer")
                for block in message.content if isinstance(block, Text)]
     return 1 if any(text.startswith(SUMMARY_SYSTEMS) for text in systems) else 0
 
