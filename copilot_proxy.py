@@ -74,6 +74,7 @@ import selectors
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -82,7 +83,7 @@ import urllib.request
 import zlib
 from collections import deque
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -599,6 +600,10 @@ def overflow_numbers(message: str) -> Optional[Tuple[int, int]]:
 
 def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> Failure:
     """The one verdict on an upstream answer that is not a success. `now`: Unix seconds, for dates."""
+    if not 400 <= status <= 599:  # a redirect is not followed, a success without an answer is none
+        what = " (redirects are refused)" if 300 <= status < 400 else ""
+        return Failure("transport", "provider", 502, f"upstream answered {status} instead of an answer{what}", "upstream_status",
+                       request_id=headers.get("x-request-id"), headers=tuple(relayed_headers(headers)))
     message, code, parsed = error_text(body)
     haystack = f"{code or ''} {message}".lower()
     if parsed and "authorize_url" in parsed:
@@ -711,7 +716,8 @@ def dump_json(value: Any, ascii_only: bool = False) -> bytes:
 
 # A head of more lines is an attack or a loop of proxies. nginx and Apache allow 100 fields.
 MAX_HEAD_LINES = 100
-TRACE_ID = re.compile(r"^\w[\w.-]{0,63}$", re.ASCII)
+TRACE_ID = re.compile(r"\w[\w.-]{0,63}\Z", re.ASCII)
+BARE_CONTROL = re.compile(rb"[\r\n\0]")
 
 
 class BadHead(ValueError):
@@ -725,6 +731,8 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
     different lengths, or a length beside a transfer coding (request smuggling, RFC 9112 6.3).
     """
     lines = head.decode("latin-1").split("\r\n")
+    if BARE_CONTROL.search(head.replace(b"\r\n", b"")):
+        raise BadHead("a bare CR, LF or NUL")
     if len(lines) > MAX_HEAD_LINES:
         raise BadHead(f"more than {MAX_HEAD_LINES} header lines")
     headers: Dict[str, str] = {}
@@ -788,7 +796,7 @@ class ChunkDecoder:
     body (a pipelined request). Raises BadHead for a malformed body.
     """
 
-    __slots__ = ("done", "rest", "_held", "_left", "_trailers")
+    __slots__ = ("done", "rest", "_held", "_left", "_trailers", "_trailer_bytes", "_sizes")
 
     def __init__(self) -> None:
         self.done = False
@@ -796,6 +804,8 @@ class ChunkDecoder:
         self._held = b""  # an incomplete size line, CRLF or trailer line
         self._left = 0  # bytes of the current chunk still to come, CRLF included
         self._trailers = False
+        self._trailer_bytes = 0
+        self._sizes: Dict[bytes, int] = {}  # of the chunks so far, by their text: looking up is a tenth of parsing
 
     def feed(self, data: bytes) -> bytes:
         """The body bytes inside `data`."""
@@ -807,14 +817,37 @@ class ChunkDecoder:
             if self._left:
                 at = self._take(data, at, pieces)
                 continue
+            if not self._trailers:
+                at = self._whole_chunks(data, at, pieces)
             line_end = data.find(b"\n", at)
             if line_end < 0:
                 self._hold(data[at:])
                 break
-            at = self._line(data[at:line_end].rstrip(b"\r"), line_end + 1)
+            if data[line_end - 1:line_end] != b"\r" or line_end == at:
+                raise BadHead("a chunk line does not end in CR LF")
+            at = self._line(data[at:line_end - 1], line_end + 1)
         if self.done:
             self.rest += data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _whole_chunks(self, data: bytes, at: int, pieces: List[bytes]) -> int:
+        """Moves the plain chunks that lie whole in `data` to `pieces`; gives the position behind them.
+
+        What is not plain (a size not seen before, an extension, a cut chunk, the last one) is left to `_line` and
+        `_take`. In this loop a chunk costs 0.4 µs instead of 1.6 (measured 2026-11-25).
+        """
+        find, known, add = data.find, self._sizes.get, pieces.append
+        while True:
+            line_end = find(b"\r\n", at)
+            size = known(data[at:line_end]) if line_end > 0 else None
+            if size is None:
+                return at
+            start = line_end + 2
+            stop = start + size
+            if data[stop:stop + 2] != b"\r\n":
+                return at
+            add(data[start:stop])
+            at = stop + 2
 
     def _take(self, data: bytes, at: int, pieces: List[bytes]) -> int:
         """Moves the current chunk's bytes to `pieces`; gives the position behind them."""
@@ -839,6 +872,9 @@ class ChunkDecoder:
         """Reads a size line or a trailer line; gives the position behind it."""
         if self._trailers:
             self.done = not line
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > READ_BYTES:
+                raise BadHead("trailers without end")
             return after
         size = line.partition(b";")[0].strip()
         if not CHUNK_SIZE.match(size):
@@ -846,6 +882,8 @@ class ChunkDecoder:
         length = int(size, 16)
         if length:
             self._left = length + 2
+            if len(self._sizes) < 4096:
+                self._sizes[size] = length
         else:
             self._trailers = True
         return after
@@ -882,6 +920,20 @@ def split_frames(data: bytes) -> List[bytes]:
         at = found.end()
     if at < len(data):
         frames.append(data[at:])
+    return frames
+
+
+def last_frames(data: bytes, count: int) -> List[bytes]:
+    """The last `count` frames of `data`, newest first."""
+    if b"\r" in data:
+        return split_frames(data)[:-count - 1:-1]
+    frames: List[bytes] = []
+    end = len(data)
+    while end and len(frames) < count:
+        start = data.rfind(b"\n\n", 0, end - 1) + 2
+        start = start if start > 1 else 0
+        frames.append(data[start:end])
+        end = start
     return frames
 
 
@@ -1089,6 +1141,7 @@ class Meter:
 
     # finish chunk, usage chunk, cost chunk and [DONE] may each come in a read of their own
     KEPT_READS = 6
+    KEPT_FRAMES = 12  # of these reads: at full speed one holds hundreds, and all of them took 6 ms to parse
 
     def __init__(self, trace_id: str) -> None:
         self.trace_id = trace_id
@@ -1112,7 +1165,7 @@ class Meter:
 
     def _last_objects(self) -> Iterator[Json]:
         """The JSON of the frames kept, newest first."""
-        for frame in reversed(split_frames(b"".join(self._recent))):
+        for frame in last_frames(b"".join(self._recent), self.KEPT_FRAMES):
             value = frame_json(frame)
             if value is not None:
                 yield value
@@ -1451,7 +1504,7 @@ class ChatMeter(Meter):
 
     def _learn(self) -> None:
         """Reads usage, model and finish reason out of the last frames."""
-        reasons = CHAT_FINISH.findall(b"".join(self._recent))
+        reasons = CHAT_FINISH.findall(b"".join(reversed(last_frames(b"".join(self._recent), self.KEPT_FRAMES))))
         self.stop_reason = reasons[-1].decode() if reasons else None
         billed = None
         for chunk in self._last_objects():
@@ -2838,11 +2891,9 @@ def wrong_endpoint(name: str, dialect: str, served: Sequence[str]) -> ClientErro
 
 def uuid_of(text: str) -> str:
     """The UUID derived from a text: `abc` -> ba7816bf-8f01-4fea-8141-40de5dae2223 (gateway-features 6.9)."""
-    raw = bytearray(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16])
-    raw[6] = raw[6] & 0x0F | 0x40
-    raw[8] = raw[8] & 0x3F | 0x80
-    digits = raw.hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    digits = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
 
 
 # Claude Code's `metadata.user_id`: today a JSON string, formerly user_<x>_account_<y>_session_<z>.
@@ -3074,7 +3125,7 @@ class Paths:
     """Where everything lies below the home directory; names as the seeds use them (gateway-features 2)."""
 
     def __init__(self, env: Dict[str, str]) -> None:
-        data = env.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+        data = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local", "share")
         self.home = env.get("COPILOT_API_HOME") or os.path.join(data, "copilot-api")
         self.oauth_app = (env.get("COPILOT_API_OAUTH_APP") or "").strip()
         self.enterprise = enterprise_domain(env.get("COPILOT_API_ENTERPRISE_URL") or "")
@@ -3090,10 +3141,20 @@ class Paths:
         """Creates the directories, readable by the owner only; raises SetupError."""
         try:
             os.makedirs(self.home, 0o700, exist_ok=True)
-            os.chmod(self.home, 0o700)  # an older fork's is open to all
             os.makedirs(os.path.dirname(self.token), 0o700, exist_ok=True)
         except OSError as exc:
             raise SetupError(f"cannot create {self.home}: {exc.strerror}; set COPILOT_API_HOME to a writable folder") from exc
+        self._close_to_others()
+
+    def _close_to_others(self) -> None:
+        """Mode 0700 for a home an older fork left open: only if it is ours and a gateway's, not any shared folder."""
+        try:
+            facts = os.stat(self.home)
+            own = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
+            if own and not facts.st_mode & stat.S_ISVTX and facts.st_mode & 0o077 and os.path.exists(self.config):
+                os.chmod(self.home, 0o700)
+        except OSError:
+            pass  # its files are 0600 all the same
 
 
 def enterprise_domain(text: str) -> str:
@@ -3471,8 +3532,8 @@ class Settings:
 
     def _api_keys(self, config: Json) -> None:
         """Resolves `auth.*`; a wrong container refuses to start: it must never mean "open"."""
-        if not isinstance(config.get("auth") or {}, dict):
-            raise SetupError("config.json: auth must be an object; nothing was started")
+        if not isinstance(config.get("auth", {}), dict) or dig(config, "auth.apiKeys") == (True, None):
+            raise SetupError("config.json: auth must be an object, auth.apiKeys a list; nothing was started")
         keys = self.values["auth.apiKeys"]
         if not isinstance(keys, list):
             raise SetupError("config.json: auth.apiKeys must be a list of strings; nothing was started")
@@ -3583,8 +3644,10 @@ class ConfigFile:
             for key in self.COMPLETED:
                 if isinstance(config.get(key), dict):
                     config[key].update((name, value) for name, value in self.NEW[key].items() if name not in config[key])
+            found, given = dig(config, "auth.adminApiKey")
+            warnings = [] if not found or given is None or isinstance(given, str) else [
+                "config.json: auth.adminApiKey must be a string; a new key was made"]
             new_key = self._admin_key(config)
-            warnings = []
             if json.dumps(config) != before:
                 try:
                     write_json(self.path, config)
@@ -3850,13 +3913,13 @@ class Conn:
     Waiting first and reading then means that a silent stream holds no buffer; the wait is the stall clock.
     """
 
-    __slots__ = ("sock", "key", "idle_since", "_poll", "_tls")
+    __slots__ = ("sock", "key", "idle_since", "_poll", "is_tls")
 
     def __init__(self, sock: socket.socket, key: Tuple[str, str, str]) -> None:
         self.sock = sock
         self.key = key
         self.idle_since = 0.0
-        self._tls = hasattr(sock, "pending")
+        self.is_tls = hasattr(sock, "pending")
         self._poll: Any = None
         if hasattr(select, "poll"):
             self._poll = select.poll()
@@ -3864,7 +3927,7 @@ class Conn:
 
     def readable(self, timeout_s: float) -> bool:
         """Whether bytes (or the end) arrive within the time. A decrypted rest counts: poll would not see it."""
-        if self._tls and self.sock.pending():
+        if self.is_tls and self.sock.pending():
             return True
         if self._poll is not None:
             return bool(self._poll.poll(timeout_s * 1000))
@@ -3875,7 +3938,7 @@ class Conn:
         try:
             if not self.readable(timeout_s):
                 raise TransportError(f"upstream was silent for {timeout_s:g} s", timed_out=True)
-            if self._tls:
+            if self.is_tls:
                 self.sock.settimeout(timeout_s or None)  # half a record makes the socket readable, then recv waits
             return self.sock.recv(READ_BYTES)
         except socket.timeout as exc:
@@ -4061,7 +4124,7 @@ class Answer:
         try:
             while self.read():
                 pass
-        except (TransportError, ClientGone):
+        except (TransportError, ClientGone, ProxyError):
             pass  # nothing depends on it: the socket is closed instead
 
     def _release(self) -> None:
@@ -4124,22 +4187,29 @@ class PooledHandler(urllib.request.BaseHandler):
             raise
 
     def _send(self, request: Outbound, conn: Conn) -> Answer:
-        head, body = request.head(), request.body or b""
         try:
-            if len(body) > JOIN_BYTES:
-                conn.sock.settimeout(request.head_timeout_s)  # an upstream that takes nothing in must not hold us for ever
-                conn.sock.sendall(head)
-                conn.sock.sendall(body)
-                conn.sock.settimeout(None)
-            else:
-                conn.sock.sendall(head + body)  # fits into the kernel's buffer
+            self._write(request, conn)
         except socket.timeout as exc:
             request.stopper.check()
             raise TransportError(f"{conn.key[1]} took in no request for {request.head_timeout_s:g} s", timed_out=True) from exc
         except OSError as exc:
             request.stopper.check()
-            raise _NothingReceived(f"connection to {conn.key[1]} broke: {reason_of(exc)}") from exc
+            if not conn.readable(0):  # an answer may be waiting: upstream need not read a body it refuses
+                raise _NothingReceived(f"connection to {conn.key[1]} broke: {reason_of(exc)}") from exc
         return self._receive(request, conn)
+
+    @staticmethod
+    def _write(request: Outbound, conn: Conn) -> None:
+        """Sends head and body; raises OSError. An upstream that takes nothing in must not hold us for ever."""
+        head, body = request.head(), request.body or b""
+        if len(body) <= JOIN_BYTES and not conn.is_tls:
+            conn.sock.sendall(head + body)  # fits into the kernel's buffer
+            return
+        conn.sock.settimeout(request.head_timeout_s)
+        conn.sock.sendall(head if len(body) > JOIN_BYTES else head + body)
+        if len(body) > JOIN_BYTES:
+            conn.sock.sendall(body)
+        conn.sock.settimeout(None)
 
     def _receive(self, request: Outbound, conn: Conn) -> Answer:
         """Waits for the head; 1xx answers are skipped."""
@@ -4193,8 +4263,10 @@ class PooledHandler(urllib.request.BaseHandler):
             if tunnel:
                 open_tunnel(sock, tunnel, request.get_header("Proxy-authorization"))
             if scheme == "https":
-                sock = self._context().wrap_socket(sock, server_hostname=split_address(tunnel or address, 443)[0])
-                request.stopper.attach(sock)
+                sock = self._context().wrap_socket(sock, server_hostname=split_address(tunnel or address, 443)[0],
+                                                   do_handshake_on_connect=False)
+                request.stopper.attach(sock)  # before the handshake: `stop` must find the socket that waits
+                sock.do_handshake()
             sock.settimeout(None)
             return Conn(sock, key)
         except (OSError, ValueError) as exc:
@@ -4267,20 +4339,22 @@ def open_tunnel(sock: socket.socket, target: str, credentials: Optional[str]) ->
         raise OSError(errno.EACCES, f"the proxy refused the tunnel with {status}")
 
 
-def proxies_of(env: Dict[str, str]) -> Dict[str, str]:
+def proxies_of(env: Dict[str, str], supported: bool = True) -> Dict[str, str]:
     """The proxies of HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, upper or lower case; socks is not supported."""
     named = {name: env.get(f"{name}_proxy") or env.get(f"{name.upper()}_PROXY") or "" for name in ("http", "https", "all")}
     found = {scheme: named[scheme] or named["all"] for scheme in ("http", "https")}
     return {scheme: address if "://" in address else "http://" + address
-            for scheme, address in found.items() if address and not address.startswith("socks")}
+            for scheme, address in found.items() if address and not (supported and address.startswith("socks"))}
 
 
 class Upstream:
     """The one outbound door. Every byte that leaves goes through `open`."""
 
-    def __init__(self, settings: Callable[[], Settings], env: Dict[str, str]) -> None:
+    def __init__(self, settings: Callable[[], Settings], env: Dict[str, str], log: Log) -> None:
         self._settings = settings
         self.pool = Pool()
+        if settings()["proxyEnv"] and not proxies_of(env) and proxies_of(env, supported=False):
+            log.warning("--proxy-env: only http proxies are supported (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY); going out directly")
         self._opener = urllib.request.OpenerDirector()
         # An empty table: without --proxy-env proxy variables are ignored, which urllib would not do by itself.
         self._opener.add_handler(urllib.request.ProxyHandler(proxies_of(env) if settings()["proxyEnv"] else {}))
@@ -4319,6 +4393,7 @@ class Upstream:
             answer.close()
 
 
+@lru_cache(maxsize=256)  # asked four times per request; `ipaddress` takes 10 µs
 def is_loopback(host: str) -> bool:
     """Whether a host name or address literal means this machine: localhost, 127.*, ::1, ::ffff:127.*."""
     if host in ("localhost", "::1") or host.endswith(".localhost"):
@@ -4489,8 +4564,9 @@ class ClientLine:
 class Watch:
     """One thread for all running requests: notices clients that left, and sends keep-alives in silence."""
 
-    def __init__(self, settings: Callable[[], Settings], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: Callable[[], Settings], log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
+        self._log = log
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._lines: Dict[int, ClientLine] = {}  # by descriptor; single dict operations, safe between threads
@@ -4531,7 +4607,7 @@ class Watch:
         number = line.sock.fileno()
         if self._lines.get(number) is line:
             del self._lines[number]
-        self._forget(number)
+            self._forget(number)
 
     def _forget(self, number: int) -> None:
         try:
@@ -4549,14 +4625,17 @@ class Watch:
                 ready = self._selector.select(min(step, 0.5))
             except OSError:
                 ready = []  # a descriptor was closed while we waited; the next turn sees the rest
-            for key, _ in ready:
-                if key.data is not None:
-                    self._look(key.data)
-            now = self._clock()
-            if keep_alive_s and now - scanned_at >= step:
-                scanned_at = now
-                for line in self.lines():
-                    line.tick(now, keep_alive_s, status_hold_s)
+            try:
+                for key, _ in ready:
+                    if key.data is not None:
+                        self._look(key.data)
+                now = self._clock()
+                if keep_alive_s and now - scanned_at >= step:
+                    scanned_at = now
+                    for line in self.lines():
+                        line.tick(now, keep_alive_s, status_hold_s)
+            except Exception as exc:  # one line's trouble must not end keep-alives for all
+                self._log.once("watch", f"internal error in the watch: {type(exc).__name__}: {exc}")
 
     def _look(self, line: ClientLine) -> None:
         """A readable client socket: gone, or it has sent its next request already."""
@@ -4640,7 +4719,7 @@ def found_tokens(flag: Optional[str], env: Dict[str, str], paths: Paths, domain:
     if flag:
         yield "--github-token", flag
     yield from ((name, env[name].strip()) for name in TOKEN_VARIABLES if env.get(name, "").strip())
-    own = read_text(paths.token) or (None if paths.oauth_app or paths.enterprise else older_token())
+    own = read_text(paths.token) or (None if paths.oauth_app or paths.enterprise else older_token(env))
     if own:
         yield "token file", own
     if domain == "github.com":
@@ -4648,9 +4727,9 @@ def found_tokens(flag: Optional[str], env: Dict[str, str], paths: Paths, domain:
     yield from editor_tokens(env, domain)
 
 
-def older_token() -> Optional[str]:
+def older_token(env: Dict[str, str]) -> Optional[str]:
     """The token file of an older fork in its default place."""
-    home = os.path.expanduser("~")
+    home = env.get("HOME") or os.path.expanduser("~")
     return (read_text(os.path.join(home, ".local", "share", "copilot-api", "github_token"))
             or read_text(os.path.join(home, ".ghc-tunnel", "github_token.txt")))
 
@@ -4661,7 +4740,7 @@ def editor_tokens(env: Dict[str, str], domain: str) -> Iterator[Tuple[str, str]]
     {"github.com:Iv1.b507…":{"user","oauth_token":"ghu_…"}}   {"github.com":{"oauth_token":"ghu_…"}}
     """
     base = env.get("LOCALAPPDATA") if os.name == "nt" else env.get("XDG_CONFIG_HOME")
-    folder = os.path.join(base or os.path.join(os.path.expanduser("~"), ".config"), "github-copilot")
+    folder = os.path.join(base or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".config"), "github-copilot")
     for name in ("apps.json", "hosts.json"):
         entries = read_json(os.path.join(folder, name)) or {}
         tokens = [(key, entry["oauth_token"].strip()) for key, entry in entries.items()
@@ -4889,7 +4968,8 @@ class Accounts:
                 self._log.warning(f"GitHub token from {source} is {useless}; it cannot be used for Copilot and is skipped")
             elif self._try(Account(token, source)):
                 return
-        self.active = None
+        if self.active is failed:
+            self.active = None
 
     def _try(self, account: Account) -> bool:
         """Whether the account works or may work later; it is active then."""
@@ -4926,13 +5006,18 @@ class Accounts:
         except (TransportError, SetupError, ValueError, AttributeError):
             pass
 
-    def adopt(self, token: str, source: str) -> None:
-        """Puts a token just obtained by sign-in to work, now and after a restart."""
-        self.store(token)
+    def adopt(self, token: str, source: str) -> bool:
+        """Puts a token just obtained by sign-in to work, now and after a restart; False when Copilot refuses it.
+
+        A refused one does not replace the stored token of an account that works.
+        """
         works = self._try(Account(token, source))
+        if works or self.active is None:
+            self.store(token)
         self.settled.set()
         if not works:
             self._log.warning(f"signed in, but Copilot is not available: {self.refusal}")
+        return works
 
     def store(self, token: str) -> None:
         """Writes the token file; a full disk is said, the token works until the restart."""
@@ -5108,6 +5193,14 @@ REFUSED_BY_USER = "refused"
 SLOW_DOWN_S = 5  # added to the interval when `slow_down` names none
 
 
+def positive(value: Any, default: float) -> float:
+    """A number of seconds as GitHub gives it (a form gives text), the default for anything else."""
+    try:
+        return float(value) if 0 < float(value) < 1e6 else default
+    except (TypeError, ValueError):
+        return default
+
+
 class DeviceFlow:
     """Sign-in by a code the user types at GitHub.
 
@@ -5132,7 +5225,7 @@ class DeviceFlow:
     def begin(self, anew: bool = False) -> None:
         """Starts the flow in the background unless one is running; `anew` asks for a new code."""
         with self._lock:
-            if self.state in ("starting", "waiting", "refused") and not anew:
+            if self.state in ("starting", "waiting", "refused", "done") and not anew:
                 return
             self.state, self.reason = "starting", ""
             self._stopped.set()  # ends the poll of an earlier code
@@ -5164,19 +5257,21 @@ class DeviceFlow:
             return f"enter {self.document['user_code']} at {self.document['verification_uri']}"
 
     def _run(self, stopped: threading.Event) -> None:
+        """The thread of one code: a failure of any kind leaves a state that says so."""
         try:
             document = self._request_code()
-            self._set(stopped, "waiting", document=document)
+            if not self._set(stopped, "waiting", document=document):
+                return
             self._log.info(f"sign in to GitHub: {self.code_line()}")
             token = self._poll(stopped, document)
-        except SetupError as exc:
-            if self._set(stopped, "refused" if exc.code == REFUSED_BY_USER else "failed", str(exc)):
+            if token and stopped is self._stopped:
+                self._log.info("signed in to GitHub")
+                works = self._accounts.adopt(token, "device sign-in")  # first: a poll in between must not start a new code
+                self._set(stopped, "done" if works else "refused", "" if works else self._accounts.refusal)
+        except Exception as exc:  # the state must never stay "waiting" with nobody polling
+            refused = isinstance(exc, SetupError) and exc.code == REFUSED_BY_USER
+            if self._set(stopped, "refused" if refused else "failed", str(exc)):
                 self._log.warning(f"sign-in failed: {exc}")
-            return
-        if token and stopped is self._stopped:
-            self._log.info("signed in to GitHub")
-            self._accounts.adopt(token, "device sign-in")  # before "done": a poll in between must not start a new code
-            self._set(stopped, "done")
 
     def _set(self, stopped: threading.Event, state: str, reason: str = "", document: Optional[Json] = None) -> bool:
         """Changes the state, unless a newer flow has taken over."""
@@ -5186,7 +5281,7 @@ class DeviceFlow:
             self.state, self.reason = state, reason
             if document is not None:
                 self.document = document
-                self.expires_at = time.time() + float(document.get("expires_in") or 900)
+                self.expires_at = time.time() + document["expires_in"]
             self.changed.notify_all()
             return True
 
@@ -5213,11 +5308,12 @@ class DeviceFlow:
             raise SetupError(f"cannot get a sign-in code from GitHub: {exc}") from exc
         if not document.get("device_code") or not document.get("user_code"):
             raise SetupError(f"GitHub gave no sign-in code: {document.get('error_description') or document.get('error') or 'empty answer'}")
-        return document
+        return {**document, "verification_uri": document.get("verification_uri") or self._accounts.hosts.web + "/login/device",
+                "expires_in": positive(document.get("expires_in"), 900.0), "interval": positive(document.get("interval"), SLOW_DOWN_S)}
 
     def _poll(self, stopped: threading.Event, document: Json) -> Optional[str]:
         """The access token once the user has agreed, None when a newer flow took over; raises SetupError."""
-        interval = float(document.get("interval") or SLOW_DOWN_S)
+        interval = document["interval"]
         request = {"client_id": self._client_id(), "device_code": document["device_code"], "grant_type": DEVICE_GRANT}
         while time.time() < self.expires_at:
             # one second over the interval, so that clocks that differ a little do not mean slow_down
@@ -5231,7 +5327,7 @@ class DeviceFlow:
                 return str(answer["access_token"])
             error = str(answer.get("error") or "")
             if error == "slow_down":
-                interval = float(answer.get("interval") or interval + SLOW_DOWN_S)
+                interval = positive(answer.get("interval"), interval + SLOW_DOWN_S)
             elif error and error != "authorization_pending":
                 raise SetupError(DEVICE_ENDINGS.get(error) or str(answer.get("error_description") or error),
                                  code=None if error == "expired_token" else REFUSED_BY_USER)
@@ -5246,11 +5342,20 @@ class DeviceFlow:
 # dialect or operation -> path below the API base (copilot-upstream 0.2); only the Messages ones carry /v1
 COPILOT_PATHS = {CHAT: "/chat/completions", RESPONSES: "/responses", MESSAGES: "/v1/messages", EMBEDDINGS: "/embeddings",
                  "count_tokens": "/v1/messages/count_tokens"}
+COUNT_TIMEOUT_S = 3.0  # counting that takes longer is no help: clients ask in bursts of 25
 # How long a fetched catalogue counts as current; VS Code uses the same (copilot-upstream 4.1).
 CATALOGUE_FRESH_S = 600.0
 CATALOGUE_RETRY_S = 15.0  # after a failed fetch
 # VS Code renews its session id every hour or so (gateway-features 5.3).
 SESSION_RENEW_S = 3600.0
+
+
+def opencode_agent(agent: str) -> str:
+    """The client's own agent if it is opencode's, with the bare product behind a comma (gateway-features 5.3)."""
+    if not agent.startswith("opencode/"):
+        return OPENCODE_AGENT
+    bare = agent.split()[0].rstrip(",")
+    return agent if agent == bare or agent.endswith(f", {bare}") else f"{agent}, {bare}"
 
 
 class Identity:
@@ -5301,7 +5406,8 @@ class Copilot:
         """Sends one request of a plan; raises like `Upstream.open`."""
         operation = plan.operation if plan.operation in COPILOT_PATHS else plan.upstream_dialect
         return self._upstream.open("POST", token.api + COPILOT_PATHS[operation],
-                                   self.headers(plan, token, client_headers), body, stopper, whole=not plan.stream)
+                                   self.headers(plan, token, client_headers), body, stopper,
+                                   COUNT_TIMEOUT_S if operation == "count_tokens" else None, whole=not plan.stream)
 
     def headers(self, plan: Plan, token: CopilotToken, client_headers: Dict[str, str]) -> List[Tuple[str, str]]:
         """The request headers; `X-Initiator` says the truth about who started the turn."""
@@ -5338,10 +5444,9 @@ class Copilot:
     @staticmethod
     def _direct_headers(token: CopilotToken, client_headers: Dict[str, str]) -> List[Tuple[str, str]]:
         """opencode's identity: no editor, machine, session or interaction headers (copilot-upstream 1.8)."""
-        agent = client_headers.get("user-agent", "")
         headers = [("Authorization", "Bearer " + token.bearer.reveal()), ("Content-Type", "application/json"),
                    ("Accept", "application/json"), ("Openai-Intent", "conversation-edits"),
-                   ("User-Agent", agent if agent.startswith("opencode/") else OPENCODE_AGENT)]
+                   ("User-Agent", opencode_agent(client_headers.get("user-agent", "")))]
         return headers + [(name, client_headers[name]) for name in ("x-session-affinity", "x-parent-session-id")
                           if client_headers.get(name)]
 
@@ -5391,8 +5496,9 @@ class Models:
         self._flight = SingleFlight()
         self._lock = threading.Lock()
         self._next_fetch = 0.0  # monotonic; guarded by _lock
-        self._asked_anew = clock()  # monotonic; guarded by _lock
-        self._first = threading.Event()  # set after the first fetch, well or not
+        self._asked_anew = -CATALOGUE_RETRY_S  # monotonic; guarded by _lock
+        self._idle = threading.Event()  # no background fetch is running
+        self._idle.set()
         cached = read_json(self._path)
         self._catalogue = Catalogue(cached) if cached else None
 
@@ -5405,7 +5511,7 @@ class Models:
         """The catalogue, None while there is neither a fetched nor a stored one. A due refresh starts behind it."""
         self.refresh_soon()
         if self._catalogue is None and wait_s:
-            wait_for(self._first, wait_s, stopper)
+            wait_for(self._idle, wait_s, stopper)
         return self._catalogue
 
     def find_anew(self, name: str) -> Optional[Tuple[str, Optional[str]]]:
@@ -5425,6 +5531,7 @@ class Models:
             if not now and self._clock() < self._next_fetch:
                 return
             self._next_fetch = self._clock() + CATALOGUE_RETRY_S
+            self._idle.clear()
         threading.Thread(target=self._refresh_quietly, name="models", daemon=True).start()
 
     def _refresh_quietly(self) -> None:
@@ -5435,14 +5542,17 @@ class Models:
             if exc.code != NOT_SIGNED_IN:
                 self._log.warning(f"cannot fetch the model list: {exc.message}; {kept}")
         finally:
-            self._first.set()
+            self._idle.set()
 
     def refresh(self) -> Catalogue:
         """Fetches the catalogue, in single flight; raises UpstreamError, ClientError 401."""
         return self._flight.run(self._fetch)
 
     def _fetch(self) -> Catalogue:
+        account = self._provider.accounts.active
         document = self._provider.fetch_models()
+        if self._provider.accounts.active is not account:
+            document = self._provider.fetch_models()  # the account changed under the fetch
         catalogue = Catalogue(document)
         if not catalogue.records:
             raise UpstreamError(Failure("transport", "provider", 502, "upstream's model list is empty"))
@@ -5552,7 +5662,8 @@ class Ledger:
     def __init__(self, path: str, log: Log) -> None:
         self.path = path
         self._log = log
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()  # (table, row), an Event to set, or None to end
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()  # an Exchange, an Event to set, or None to end
+        self._hurry = threading.Event()  # somebody waits for the batch
         self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:
@@ -5568,11 +5679,13 @@ class Ledger:
         """Waits until all that was recorded before is committed."""
         done = threading.Event()
         self._queue.put(done)
+        self._hurry.set()
         return done.wait(timeout_s)
 
     def stop(self) -> None:
         """Commits what is queued and ends the writer (bounded)."""
         self._queue.put(None)
+        self._hurry.set()
         if self._thread is not None:
             self._thread.join(5)
 
@@ -5590,25 +5703,22 @@ class Ledger:
 
     def _collect(self) -> Tuple[List[Exchange], List[threading.Event], bool]:
         """What arrives within one batch: exchanges, flushes to answer, and whether to end."""
+        item = self._queue.get()
+        if isinstance(item, Exchange):
+            self._hurry.wait(BATCH_S)  # asleep while the batch fills: waking up per row costs more than the row
         exchanges: List[Exchange] = []
-        deadline = None
-        while True:
-            try:
-                item = self._queue.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+        while isinstance(item, Exchange):
+            exchanges.append(item)
+            if len(exchanges) >= 5000 or self._queue.empty():
                 return exchanges, [], False
-            if isinstance(item, Exchange):
-                exchanges.append(item)
-                deadline = deadline or time.monotonic() + BATCH_S
-                if len(exchanges) >= 500:
-                    return exchanges, [], False
-            else:
-                return exchanges, [item] if item is not None else [], item is None
+            item = self._queue.get()
+        self._hurry.clear()
+        return exchanges, [item] if item is not None else [], item is None
 
 
 def storable(value: Any) -> Any:
     """The value as SQLite takes it: a lone surrogate, which JSON can escape, cannot be stored."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and not value.isascii() else value
+    return value if type(value) is not str or value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 class _Store:
@@ -5629,18 +5739,34 @@ class _Store:
         try:
             if self._db is None:
                 self._db = open_ledger(self._path)
-            for table in LEDGER_TABLES:
-                batch = [row for name, row in rows if name == table]
-                if batch:
-                    names = list(batch[0])
-                    self._db.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-                                         [tuple(storable(row[name]) for name in names) for row in batch])
+            try:
+                self._insert(rows)
+            except (sqlite3.InterfaceError, sqlite3.ProgrammingError, OverflowError, ValueError):
+                self._db.rollback()
+                self._insert_singly(rows)
             self._db.commit()
             self._held = []
-        except (sqlite3.Error, OSError, OverflowError, ValueError) as exc:
+        except (sqlite3.Error, OSError) as exc:  # a full disk, a locked file
             self._log.once("ledger", f"cannot write usage to {self._path}: {exc}; requests go on, rows are kept in memory")
             self._held = rows[-HELD_ROWS:]
             self.close()
+
+    def _insert(self, rows: Sequence[Tuple[str, Row]]) -> None:
+        for table in LEDGER_TABLES:
+            batch = [row for name, row in rows if name == table]
+            if batch:
+                names = list(batch[0])  # every row of a table has the same columns in the same order
+                self._db.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
+                                     [tuple(map(storable, row.values())) for row in batch])
+
+    def _insert_singly(self, rows: Sequence[Tuple[str, Row]]) -> None:
+        """One row that SQLite cannot take must not keep the others out."""
+        import sqlite3
+        for row in rows:
+            try:
+                self._insert([row])
+            except (sqlite3.InterfaceError, sqlite3.ProgrammingError, OverflowError, ValueError) as exc:
+                self._log.once("ledger-row", f"a row cannot be stored and is dropped: {exc}")
 
     def close(self) -> None:
         """Closes the connection."""
@@ -5662,6 +5788,16 @@ def open_ledger(path: str) -> Any:
     if not os.path.exists(path):
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     db = sqlite3.connect(path, timeout=5, check_same_thread=False)
+    try:
+        migrate_ledger(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def migrate_ledger(db: Any) -> None:
+    """Brings a database to today's shape: tables, missing columns, numbered steps; raises sqlite3.Error."""
     db.execute("PRAGMA busy_timeout=5000")
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=NORMAL")
@@ -5678,7 +5814,6 @@ def open_ledger(path: str) -> Any:
             db.execute(statement)
     db.execute(f"PRAGMA user_version={max(done, len(LEDGER_MIGRATIONS))}")
     db.commit()
-    return db
 
 
 ###############################################################################
@@ -5714,7 +5849,6 @@ def answer_head(status: int, headers: Sequence[Tuple[str, str]]) -> bytes:
 
 
 EMBEDDING_BATCH = 512  # inputs per call where the catalogue states no limit (copilot-upstream 8)
-COUNT_TIMEOUT_S = 3.0
 COUNT_PAUSE_S = 60.0  # after a 429 of upstream's own counting
 ERROR_BODY_BYTES = 1 << 20  # more of an error answer is not read
 NO_RETRY_KINDS = frozenset(("auth", "policy", "quota", "overflow"))
@@ -5983,7 +6117,7 @@ class Gateway:
             try:
                 data = answer.read()
             except TransportError as exc:
-                failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=True)
+                failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=not exc.timed_out)
                 break
             except UpstreamError as error:
                 failure = error.failure  # the gateway stops
@@ -6083,7 +6217,7 @@ class Embeddings:
             answers.append(value)
         whole = join_embeddings(answers, plan.model, body.get("encoding_format") == "base64")
         exchange.usage = Usage(input=count_or_zero(whole, "usage", "prompt_tokens"))
-        exchange.served_model = whole["model"]
+        exchange.served_model = text_or_none(whole["model"]) or plan.model
         send_whole(self._watch, line, exchange, dump_json(whole),
                    [*model_headers(plan, inbound, headers), *usage_headers(exchange.usage)])
 
@@ -6214,7 +6348,7 @@ def read_whole(answer: Answer) -> bytes:
     try:
         return answer.read_all()
     except TransportError as exc:
-        raise UpstreamError(Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=True)) from exc
+        raise UpstreamError(Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=not exc.timed_out)) from exc
 
 
 def failure_of(error: ProxyError) -> Failure:
@@ -6250,9 +6384,8 @@ def usage_headers(usage: Optional[Usage]) -> List[Tuple[str, str]]:
     """`x-copilot-api-usage`, and `-cost` in USD where upstream said what it billed (1 credit = 0.01 USD)."""
     if usage is None:
         return []
-    shown = {"input": usage.input, "output": usage.output, "cache_read": usage.cache_read,
-             "cache_write": usage.cache_write, "reasoning": usage.reasoning}
-    headers = [("x-copilot-api-usage", json.dumps(shown, separators=(",", ":")))]
+    headers = [("x-copilot-api-usage", f'{{"input":{usage.input},"output":{usage.output},"cache_read":{usage.cache_read},'
+                                       f'"cache_write":{usage.cache_write},"reasoning":{usage.reasoning}}}')]
     if usage.billed_nano:
         headers.append(("x-copilot-api-cost", f"{usage.billed_nano / 1e11:.8f}".rstrip("0").rstrip(".")))
     return headers
@@ -6263,8 +6396,10 @@ def embedding_inputs(body: Json) -> List[str]:
     given = body.get("input")
     if isinstance(given, str):
         return [given]
-    if not isinstance(given, list) or not given:
+    if not isinstance(given, list):
         raise wrong_type("input", "a string or a list of strings", given)
+    if not given:
+        raise ClientError("input: at least one string is required", param="input")
     if all(isinstance(item, str) for item in given):
         return given
     raise ClientError("input: expected a string or a list of strings; token ids are not accepted by Copilot, send the text "
@@ -6291,7 +6426,10 @@ def pack_floats(vector: Any) -> Any:
     """Little-endian float32 as base64, the form OpenAI's SDK asks for."""
     if not isinstance(vector, list):
         return vector
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    try:
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    except (struct.error, OverflowError) as exc:
+        raise UpstreamError(Failure("transport", "provider", 502, "upstream's answer holds no embeddings")) from exc
 
 
 QUOTA_NAMES = {"premium_interactions": "Premium Interactions", "chat": "Chat", "completions": "Completions"}
@@ -6329,6 +6467,7 @@ def quota_entry(name: str, snapshot: Json) -> Json:
 
 # Unread body bytes we take in after a refusal, so that the client reads our answer instead of a reset.
 LINGER_BYTES, LINGER_S = 1 << 20, 1.0
+POLITE_CONNECTIONS = 64  # connections above the limit that are still told so in their dialect
 FORWARDING_HEADERS = ("forwarded", "x-forwarded-", "x-real-ip", "cf-connecting-ip")  # beginnings
 ALLOWED_METHODS = "GET,HEAD,PUT,POST,DELETE,PATCH,OPTIONS"
 
@@ -6545,12 +6684,13 @@ def is_loopback_caller(peer: str, headers: Dict[str, str]) -> bool:
     return is_loopback(peer) and not any(name.startswith(FORWARDING_HEADERS) for name in headers)
 
 
+HOST_VALUE = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^@/?#:\[\]\s]+))(?::\d*)?\Z")
+
+
 def host_name(value: str) -> str:
-    """The name in a Host header, without port and brackets, lower-cased."""
-    try:
-        return (urlsplit("//" + value).hostname or "") if value else ""
-    except ValueError:
-        return ""  # an unfinished IPv6 literal names nobody
+    """The name in a Host header, without port and brackets, lower-cased; "" for anything that is no host."""
+    found = HOST_VALUE.match(value)
+    return (found.group(1) or found.group(2)).lower() if found else ""
 
 
 def is_own_host(value: str, settings: Settings) -> bool:
@@ -6593,8 +6733,9 @@ def cors_headers(headers: Dict[str, str], settings: Settings) -> List[Tuple[str,
 
 def normal_path(path: str) -> str:
     """The path with `//`, a doubled /v1 and a trailing slash removed."""
-    path = re.sub(r"/{2,}", "/", path)
-    path = re.sub(r"^(/v1)(/v1)+(?=/|$)", r"\1", path)
+    if "//" in path or path.startswith("/v1/v1"):
+        path = re.sub(r"/{2,}", "/", path)
+        path = re.sub(r"^(/v1)(/v1)+(?=/|$)", r"\1", path)
     return path.rstrip("/") or "/"
 
 
@@ -6668,13 +6809,14 @@ def show_token(app: App, inbound: Inbound, name: str) -> Response:
 
 def device_code(app: App, inbound: Inbound, name: str) -> Response:
     """The sign-in code, as a page or as JSON; POST asks for a new one."""
+    if "text/html" in inbound.headers.get("accept", "") and app.device_page is not None:
+        return Response(app.device_page({}))  # a constant that asks for the JSON by itself
+    wait_for(app.accounts.settled, app.settings()["streams.statusHoldSeconds"], None)
     if app.accounts.active is None or inbound.method == "POST":
         app.accounts.device.begin(anew=inbound.method == "POST")
     shown = app.accounts.device.wait_code(10.0)
-    if app.accounts.active is not None and shown["state"] == "idle":
+    if app.accounts.active is not None and shown["state"] in ("idle", "done"):
         shown = {"state": "signed_in", "login": app.accounts.active.login}
-    if "text/html" in inbound.headers.get("accept", "") and app.device_page is not None:
-        return Response(app.device_page(shown))
     return Response(shown, 502 if shown["state"] == "failed" and not shown.get("user_code") else 200)
 
 
@@ -6736,9 +6878,7 @@ ROUTES: Tuple[Route, ...] = (
     Route("POST", "/auth/device",               "device", CHAT,        device_code),
     Route("POST", "/admin/config/reload",       "admin",  CHAT,        reload_config),
 )
-ROUTE_TABLE: Dict[str, Dict[str, Route]] = {}
-for _route in ROUTES:
-    ROUTE_TABLE.setdefault(_route.path, {})[_route.method] = _route
+ROUTE_TABLE = {path: {route.method: route for route in ROUTES if route.path == path} for path in dict.fromkeys(route.path for route in ROUTES)}
 UNKNOWN_ROUTE = Route("", "", "key", CHAT)
 ADMIN_ROUTE = Route("", "", "admin", CHAT)
 
@@ -6836,8 +6976,9 @@ class _Call:
         self.keep = False
         self.unread = True  # the body has not been taken off the socket
         self.lingers = False  # it was refused unread
+        self.crowded = False
         self.started = time.monotonic()
-        self.base_headers: List[Tuple[str, str]] = []
+        self.base_headers: List[Tuple[str, str]] = [("x-trace-id", exchange.trace_id), ("Connection", "close")]
 
     def begin(self, head: bytes, crowded: bool) -> None:
         """Reads the head; raises BadHead, ClientError."""
@@ -6848,11 +6989,11 @@ class _Call:
         self.line.started_at = self.line.sent_at = self.started
         first, self.headers = parse_head(head)
         parts = first.split(" ")
-        if len(parts) != 3 or not re.fullmatch(r"HTTP/1\.[01]", parts[2]) or not parts[0].isalpha():
+        if len(parts) != 3 or parts[2] not in ("HTTP/1.1", "HTTP/1.0") or not parts[0].isalpha():
             raise BadHead("not an HTTP/1.1 request line")
         self.method = parts[0].upper()
         try:
-            target = urlsplit(parts[1] if re.match(r"https?://", parts[1], re.I) else "http://-" + parts[1])
+            target = urlsplit("http://-" + parts[1] if parts[1].startswith("/") or not re.match(r"https?://", parts[1], re.I) else parts[1])
         except ValueError as exc:
             raise BadHead("the request target is malformed") from exc
         if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
@@ -6869,12 +7010,13 @@ class _Call:
         self.base_headers = [("x-trace-id", self.exchange.trace_id), *cors_headers(self.headers, self.settings)]
         if not self.keep:
             self.base_headers.append(("Connection", "close"))
-        if crowded:
-            raise ProxyError("too many connections (limits.connections); try again in a moment", status=503)
+        self.crowded = crowded
 
     def serve(self) -> None:
         """Admits the request, reads its body, and runs its route."""
         self.route, name, error = find_route(self.method, self.path, self.headers)
+        if self.crowded:
+            raise ProxyError("too many connections (limits.connections); try again in a moment", status=503)
         self.exchange.endpoint = self.route.endpoint if error is None else ""
         self._check_host()
         if self.method == "OPTIONS":
@@ -7005,10 +7147,12 @@ class _Call:
         self.exchange.outcome = "upstream_error" if isinstance(error, UpstreamError) else "refused"
         self.exchange.failure = failure_of(error)
         self.app.watch.remove(self.line)
+        codec = CODECS.get(self.route.dialect)
         if self.line.settle() or self.line.ended:
             self.keep = False
+            if not self.line.ended and codec is not None:
+                self._end_stream(codec.meter(self.exchange.trace_id).close(self.exchange.failure))
             return
-        codec = CODECS.get(self.route.dialect)
         body = codec.encode_error(error) if codec is not None else openai_error(error)
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
         headers = [*error_headers(error), ("x-request-id", request_id), ("request-id", request_id)]
@@ -7022,6 +7166,12 @@ class _Call:
             self.lingers = due
         except ClientGone:
             self.keep = False
+
+    def _end_stream(self, ending: bytes) -> None:
+        try:
+            self.line.finish(ending)
+        except ClientGone:
+            pass  # nobody reads it
 
     def linger(self) -> None:
         """Lets a client that is still sending read the refusal instead of a reset."""
@@ -7064,7 +7214,7 @@ def exchange_line(exchange: Exchange) -> str:
 
 def new_trace_id() -> str:
     """`<milliseconds, base 36>-<6 characters>` (gateway-features 4.5)."""
-    return f"{base36(int(time.time() * 1000))}-{base36(int.from_bytes(os.urandom(4), 'big')).rjust(6, '0')[-6:]}"
+    return f"{base36(int(time.time() * 1000))}-{base36(int.from_bytes(os.urandom(4), 'big') % 36 ** 6).rjust(6, '0')}"
 
 
 def base36(number: int) -> str:
@@ -7100,6 +7250,18 @@ class Server(ThreadingHTTPServer):
     def is_crowded(self) -> bool:
         """Whether more clients are connected than `limits.connections`."""
         return self._active > self.app.settings()["limits.connections"]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection; far above the limit only a fixed answer, so that idlers cost nothing."""
+        if self._active < self.app.settings()["limits.connections"] + POLITE_CONNECTIONS:
+            super().process_request(request, client_address)
+            return
+        try:
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        except OSError:
+            pass
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         with self._active_lock:
@@ -7170,6 +7332,8 @@ DEVICE_HTML = r"""<!doctype html>
       : state.error || words[state.state] || state.state;
   }
 
+  let timer;
+
   async function refresh(method) {
     try {
       const answer = await fetch("/auth/device", { method: method || "GET", headers: { Accept: "application/json" } });
@@ -7179,7 +7343,8 @@ DEVICE_HTML = r"""<!doctype html>
     } catch (error) {
       byId("status").textContent = "the gateway does not answer";
     }
-    setTimeout(refresh, 2000);
+    clearTimeout(timer);
+    timer = setTimeout(refresh, 2000);
   }
 
   byId("anew").addEventListener("click", () => refresh("POST"));
@@ -7230,6 +7395,13 @@ def take_global_options(args: Sequence[str], env: Dict[str, str]) -> List[str]:
     return rest
 
 
+def check_exposure(host: str, settings: Settings) -> None:
+    """Raises SetupError for an address that others reach and that no key guards, at start and at reload."""
+    if not is_loopback(host) and not settings["auth.apiKeys"]:
+        raise SetupError(f"refusing to listen on {host} without an API key: anybody who reaches the port could use your account.\n"
+                         "Set one: COPILOT_API_KEY=$(openssl rand -hex 24) python copilot_proxy.py start --host " + host)
+
+
 class Setup:
     """What every command begins with: environment, paths, log, config file, settings."""
 
@@ -7263,21 +7435,28 @@ class Setup:
         return self._settings
 
     def reload(self) -> None:
-        """Reads config.json again; a broken file changes nothing; raises SetupError."""
-        self._settings = Settings(self.file.read(), self.env, self.flags)
-        self.log.verbose = self._settings["verbose"]
+        """Reads config.json again; a broken or refused one changes nothing; raises SetupError.
+
+        Host and port stay what they were at start: another value needs a restart.
+        """
+        settings = Settings(self.file.read(), self.env, self.flags)
+        if self._settings is not None:
+            settings.values.update(host=self._settings["host"], port=self._settings["port"])
+        check_exposure(settings["host"], settings)
+        self._settings = settings
+        self.log.verbose = settings["verbose"]
 
 
 def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0, terminal: bool = False) -> App:
     """The parts of a gateway, made and handed to each other; nothing is started. `unit_s`: one second, tests shrink it."""
     settings = setup.settings
-    upstream = Upstream(settings, setup.env)
+    upstream = Upstream(settings, setup.env, setup.log)
     accounts = Accounts(upstream, setup.paths, settings, setup.log, setup.env, flag_token, terminal, unit_s=unit_s)
     identity = Identity(setup.paths, setup.lock, setup.log)
     provider = Copilot(upstream, accounts, identity, settings)
     models = Models(provider, setup.paths, setup.log)
     accounts.on_active.append(lambda: models.refresh_soon(now=True))
-    watch = Watch(settings)
+    watch = Watch(settings, setup.log)
     planner = Planner(settings, models, accounts)
     sender = Sender(settings, provider, setup.log, unit_s)
     return App(
@@ -7326,9 +7505,7 @@ def run_start(setup: Setup, options: Any) -> int:
     """The server; returns when it is stopped."""
     settings = setup.prepare()
     host = usable_host(settings, setup.log)
-    if not is_loopback(host) and not settings["auth.apiKeys"]:
-        raise SetupError(f"refusing to listen on {host} without an API key: anybody who reaches the port could use your account.\n"
-                         "Set one: COPILOT_API_KEY=$(openssl rand -hex 24) python copilot_proxy.py start --host " + host)
+    check_exposure(host, settings)
     if settings["manualApprove"] and not sys.stdin.isatty():
         raise SetupError("--manual asks on the terminal, and there is none")
     raise_file_limit()
@@ -7368,10 +7545,15 @@ def raise_file_limit() -> None:
     """Every stream takes two descriptors; the soft limit is often 1,024."""
     try:
         import resource  # not on Windows
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        pass
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, 65536, 10240):  # macOS calls its hard limit infinite and refuses it
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+        except (ValueError, OSError):
+            continue
 
 
 def port_holder(port: int) -> str:
