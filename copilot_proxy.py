@@ -4973,6 +4973,13 @@ class Accounts:
 
     def _try(self, account: Account) -> bool:
         """Whether the account works or may work later; it is active then."""
+        usable = self._is_usable(account)
+        if usable:
+            self._activate(account)
+        return usable
+
+    def _is_usable(self, account: Account) -> bool:
+        """Whether Copilot takes the account, as far as it can be told now; a refusal is logged and kept."""
         try:
             self._mint(account)
         except ExchangeError as exc:
@@ -4981,7 +4988,6 @@ class Accounts:
                 self._log.warning(f"GitHub token from {account.source}: {exc}")
                 return False
             self._log.warning(f"GitHub token from {account.source} could not be tried: {exc}")
-        self._activate(account)
         return True
 
     def _activate(self, account: Account) -> None:
@@ -5011,9 +5017,12 @@ class Accounts:
 
         A refused one does not replace the stored token of an account that works.
         """
-        works = self._try(Account(token, source))
+        account = Account(token, source)
+        works = self._is_usable(account)
         if works or self.active is None:
             self.store(token)
+        if works:
+            self._activate(account)
         self.settled.set()
         if not works:
             self._log.warning(f"signed in, but Copilot is not available: {self.refusal}")
@@ -5497,6 +5506,7 @@ class Models:
         self._lock = threading.Lock()
         self._next_fetch = 0.0  # monotonic; guarded by _lock
         self._asked_anew = -CATALOGUE_RETRY_S  # monotonic; guarded by _lock
+        self._wanted = 0  # how often a list was asked for at once; guarded by _lock
         self._idle = threading.Event()  # no background fetch is running
         self._idle.set()
         cached = read_json(self._path)
@@ -5530,6 +5540,7 @@ class Models:
         with self._lock:
             if not now and self._clock() < self._next_fetch:
                 return
+            self._wanted += now
             self._next_fetch = self._clock() + CATALOGUE_RETRY_S
             self._idle.clear()
         threading.Thread(target=self._refresh_quietly, name="models", daemon=True).start()
@@ -5549,17 +5560,16 @@ class Models:
         return self._flight.run(self._fetch)
 
     def _fetch(self) -> Catalogue:
-        account = self._provider.accounts.active
+        wanted = self._wanted
         document = self._provider.fetch_models()
-        if self._provider.accounts.active is not account:
-            document = self._provider.fetch_models()  # the account changed under the fetch
         catalogue = Catalogue(document)
         if not catalogue.records:
             raise UpstreamError(Failure("transport", "provider", 502, "upstream's model list is empty"))
         fresh = self._catalogue is None or self._catalogue.document != document
         self._catalogue = catalogue
         with self._lock:
-            self._next_fetch = self._clock() + CATALOGUE_FRESH_S
+            # asked for anew under way: another account may have become active, its list is not this one
+            self._next_fetch = self._clock() + (CATALOGUE_FRESH_S if wanted == self._wanted else 0.0)
         if fresh:
             self._log.info("models: " + ", ".join(record["id"] for record in catalogue.offered()))
             try:
