@@ -3084,11 +3084,6 @@ def client_of(user_agent: str) -> str:
     return agent.partition("/")[0].partition(" ")[0][:40]
 
 
-def is_claude_code(user_agent: str, user: Optional[str]) -> bool:
-    """Claude Code itself: Qwen Code calls itself `claude-cli/` too, but sends no `metadata.user_id` of that shape."""
-    return user_agent.startswith("claude-cli/") and bool(user) and parse_user_id(user or "")[1] is not None
-
-
 def identify(headers: Dict[str, str], body: Json, request: Request, machine_id: str, policy: str) -> Caller:
     """All that is decided about the caller before anything is edited or merged."""
     agent = headers.get("user-agent", "")
@@ -5234,7 +5229,7 @@ class DeviceFlow:
     def begin(self, anew: bool = False) -> None:
         """Starts the flow in the background unless one is running; `anew` asks for a new code."""
         with self._lock:
-            if self.state in ("starting", "waiting", "refused", "done") and not anew:
+            if self.state in ("starting", "waiting", "refused") and not anew:
                 return
             self.state, self.reason = "starting", ""
             self._stopped.set()  # ends the poll of an earlier code
@@ -5408,6 +5403,7 @@ class Copilot:
         self._upstream = upstream
         self.accounts = accounts
         self.identity = identity
+        self.seen_headers: Dict[str, str] = {}  # of the last good answer: they tell what is left of the quota
         self._settings = settings
 
     def open(self, plan: Plan, token: CopilotToken, body: bytes, stopper: Stopper,
@@ -5507,7 +5503,8 @@ class Models:
         self._next_fetch = 0.0  # monotonic; guarded by _lock
         self._asked_anew = -CATALOGUE_RETRY_S  # monotonic; guarded by _lock
         self._wanted = 0  # how often a list was asked for at once; guarded by _lock
-        self._idle = threading.Event()  # no background fetch is running
+        self._running = 0  # background fetches; guarded by _lock
+        self._idle = threading.Event()  # none is running
         self._idle.set()
         cached = read_json(self._path)
         self._catalogue = Catalogue(cached) if cached else None
@@ -5542,6 +5539,7 @@ class Models:
                 return
             self._wanted += now
             self._next_fetch = self._clock() + CATALOGUE_RETRY_S
+            self._running += 1
             self._idle.clear()
         threading.Thread(target=self._refresh_quietly, name="models", daemon=True).start()
 
@@ -5553,7 +5551,10 @@ class Models:
             if exc.code != NOT_SIGNED_IN:
                 self._log.warning(f"cannot fetch the model list: {exc.message}; {kept}")
         finally:
-            self._idle.set()
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
 
     def refresh(self) -> Catalogue:
         """Fetches the catalogue, in single flight; raises UpstreamError, ClientError 401."""
@@ -5688,14 +5689,14 @@ class Ledger:
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Waits until all that was recorded before is committed."""
         done = threading.Event()
-        self._queue.put(done)
         self._hurry.set()
+        self._queue.put(done)
         return done.wait(timeout_s)
 
     def stop(self) -> None:
         """Commits what is queued and ends the writer (bounded)."""
-        self._queue.put(None)
         self._hurry.set()
+        self._queue.put(None)
         if self._thread is not None:
             self._thread.join(5)
 
@@ -5873,6 +5874,25 @@ def error_headers(error: ProxyError) -> List[Tuple[str, str]]:
     return headers
 
 
+def quota_header(value: str) -> Json:
+    """`ent=1500&ov=0.0&ovPerm=true&rem=81.5&rst=2026-09-01T00%3A00%3A00Z` as an object (copilot-upstream 2.3)."""
+    fields = dict(parse_qsl(value))
+    numbers = {name: float(text) for name, text in fields.items() if re.fullmatch(r"-?\d{1,15}(\.\d{1,9})?", text)}
+    return {"entitlement": numbers.get("ent"), "unlimited": numbers.get("ent") == -1, "overage": numbers.get("ov"),
+            "overage_permitted": fields.get("ovPerm") == "true", "percent_remaining": numbers.get("rem"), "reset": fields.get("rst")}
+
+
+def seen_quotas(headers: Dict[str, str], prefixes: Tuple[str, ...] = ("x-quota-snapshot-", "x-usage-ratelimit-")) -> Json:
+    """The quotas and rolling limits of an answer's headers, by name."""
+    return {name.rpartition("-")[2]: quota_header(value) for name, value in headers.items() if name.startswith(prefixes)}
+
+
+def remaining_limits(headers: Dict[str, str]) -> str:
+    """`, session 99.6% left until …, weekly …` of the rolling limits, "" where upstream says nothing."""
+    left = seen_quotas(headers, ("x-usage-ratelimit-",))
+    return "".join(f", {name} {quota['percent_remaining']}% left until {quota['reset']}" for name, quota in left.items())
+
+
 class RateGate:
     """At least `rateLimitSeconds` between two generation requests, over all clients (gateway-features 20)."""
 
@@ -6006,6 +6026,9 @@ class Sender:
             return None, Failure("transport", "provider", 504, str(exc), UNREACHABLE, transient=not exc.timed_out)
         exchange.upstream_request_id = answer.headers.get("x-request-id") or answer.headers.get("request-id")
         if answer.status == 200:
+            self._provider.seen_headers = answer.headers
+            if self._log.verbose:
+                self._log.debug(f"<-- model: {plan.model}{remaining_limits(answer.headers)}")
             return answer, CUT
         try:
             return None, classify(answer.status, answer.headers, answer.read_all(ERROR_BODY_BYTES), time.time())
@@ -6508,7 +6531,7 @@ class App:
 
 
 @dataclass
-class Response:
+class PlainAnswer:
     """A complete answer of a plain route."""
 
     body: Any
@@ -6752,27 +6775,29 @@ def normal_path(path: str) -> str:
 # ---- plain routes -----------------------------------------------------------
 
 
-def root_page(app: App, inbound: Inbound, name: str) -> Response:
+def root_page(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """`Server running`, or the sign-in page for a browser while nobody has signed in."""
     wants_page = "text/html" in inbound.headers.get("accept", "")
     signed_out = app.accounts.settled.is_set() and app.accounts.active is None
     if app.settings()["root"] == "auth" or app.settings()["root"] == "auto" and wants_page and signed_out:
-        return Response("", 302, [("Location", "/auth/device")])
-    return Response("Server running")
+        return PlainAnswer("", 302, [("Location", "/auth/device")])
+    return PlainAnswer("Server running")
 
 
-def health(app: App, inbound: Inbound, name: str) -> Response:
+def health(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """Readiness without a question upstream; `?strict=true` makes it a status (console reference B.8)."""
     account = app.accounts.active
     token = account.copilot if account else None
     ready = account is not None and app.models.loaded > 0
     left = int(token.received_at + token.refresh_in + 60 - time.time()) if token and not token.direct else None
     status = 503 if inbound.query.get("strict") == "true" and not ready else 200
-    return Response({"status": "ok" if ready else "degraded", "ready": ready, "version": VERSION,
-                  "uptime_seconds": int(time.time() - app.started_at),
-                  "copilot_token": {"present": token is not None, "expires_in_seconds": left},
-                  "models_loaded": app.models.loaded, "requests_served": app.served,
-                  "auth_required": bool(app.settings()["auth.apiKeys"]), "debug": app.log.verbose, "quota": {}}, status)
+    return PlainAnswer({
+        "status": "ok" if ready else "degraded", "ready": ready, "version": VERSION,
+        "uptime_seconds": int(time.time() - app.started_at),
+        "copilot_token": {"present": token is not None, "expires_in_seconds": left},
+        "models_loaded": app.models.loaded, "requests_served": app.served,
+        "auth_required": bool(app.settings()["auth.apiKeys"]), "debug": app.log.verbose,
+        "quota": seen_quotas(app.provider.seen_headers)}, status)
 
 
 def known_catalogue(app: App) -> Catalogue:
@@ -6785,65 +6810,65 @@ def known_catalogue(app: App) -> Catalogue:
     raise SetupError("the model list could not be fetched yet; try again in a moment", status=503, code="models_unavailable")
 
 
-def list_models(app: App, inbound: Inbound, name: str) -> Response:
+def list_models(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /v1/models: one body for OpenAI and Anthropic clients."""
     entries = [model_entry(record) for record in known_catalogue(app).offered()]
-    return Response({"object": "list", "data": entries, "has_more": False,
+    return PlainAnswer({"object": "list", "data": entries, "has_more": False,
                   "first_id": entries[0]["id"] if entries else None, "last_id": entries[-1]["id"] if entries else None})
 
 
-def full_models(app: App, inbound: Inbound, name: str) -> Response:
+def full_models(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /v1/models/full/: upstream's own document."""
-    return Response(known_catalogue(app).document)
+    return PlainAnswer(known_catalogue(app).document)
 
 
-def one_model(app: App, inbound: Inbound, name: str) -> Response:
+def one_model(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /v1/models/{id}, aliases and mappings resolved."""
     catalogue = known_catalogue(app)
     target = map_name(name, *parse_mappings(app.settings()["modelMappings"])) or name
     found = catalogue.find(target)
     if found is None:
         raise ClientError(f"The model '{name}' does not exist.", status=404, code="model_not_found")
-    return Response(model_entry(catalogue.records[found[0]], whole=True))
+    return PlainAnswer(model_entry(catalogue.records[found[0]], whole=True))
 
 
-def show_usage(app: App, inbound: Inbound, name: str) -> Response:
+def show_usage(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /usage."""
-    return Response(account_usage(app.provider))
+    return PlainAnswer(account_usage(app.provider))
 
 
-def show_token(app: App, inbound: Inbound, name: str) -> Response:
+def show_token(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /token: the Copilot token itself."""
-    return Response({"token": app.accounts.bearer().bearer.reveal()})
+    return PlainAnswer({"token": app.accounts.bearer().bearer.reveal()})
 
 
-def device_code(app: App, inbound: Inbound, name: str) -> Response:
+def device_code(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """The sign-in code, as a page or as JSON; POST asks for a new one."""
     if "text/html" in inbound.headers.get("accept", "") and app.device_page is not None:
-        return Response(app.device_page({}))  # a constant that asks for the JSON by itself
+        return PlainAnswer(app.device_page({}))  # a constant that asks for the JSON by itself
     wait_for(app.accounts.settled, app.settings()["streams.statusHoldSeconds"], None)
     if app.accounts.active is None or inbound.method == "POST":
         app.accounts.device.begin(anew=inbound.method == "POST")
     shown = app.accounts.device.wait_code(10.0)
     if app.accounts.active is not None and shown["state"] in ("idle", "done"):
         shown = {"state": "signed_in", "login": app.accounts.active.login}
-    return Response(shown, 502 if shown["state"] == "failed" and not shown.get("user_code") else 200)
+    return PlainAnswer(shown, 502 if shown["state"] == "failed" and not shown.get("user_code") else 200)
 
 
-def reload_config(app: App, inbound: Inbound, name: str) -> Response:
+def reload_config(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """POST /admin/config/reload: a broken file keeps the settings of before."""
     try:
         app.reload()
     except SetupError as error:
         raise ClientError(error.message, status=400, code="invalid_config") from error
-    return Response({"configPath": app.paths.config, "reloaded": True})
+    return PlainAnswer({"configPath": app.paths.config, "reloaded": True})
 
 
-def refuse_socket(app: App, inbound: Inbound, name: str) -> Response:
+def refuse_socket(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     """GET /v1/responses: Codex falls back to HTTP at once on 426, and only on that (clients.md)."""
     if inbound.headers.get("upgrade", "").lower() != "websocket":
         raise ClientError(f"{inbound.path} answers POST", status=405, headers={"Allow": "POST, OPTIONS"})
-    return Response("", 426, [("Upgrade", "websocket")])
+    return PlainAnswer("", 426, [("Upgrade", "websocket")])
 
 
 # ---- routes -----------------------------------------------------------------
@@ -6857,7 +6882,7 @@ class Route:
     path: str  # may end in `/*`: the rest is passed on as a name
     access: str
     dialect: str
-    plain: Optional[Callable[[App, Inbound, str], Response]] = None
+    plain: Optional[Callable[[App, Inbound, str], PlainAnswer]] = None
     endpoint: str = ""  # recorded under this name; "" is not recorded
 
 
@@ -6970,7 +6995,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 class _Call:
-    """One request on its way: what the handler knows about it, and the answers that need no model."""
+    """One request on its way through the server: read, admitted, run, answered or refused, logged and recorded."""
 
     def __init__(self, app: App, settings: Settings, exchange: Exchange, line: ClientLine, reader: ClientReader, peer: str) -> None:
         self.app = app
@@ -7050,8 +7075,8 @@ class _Call:
             app.request_log.request(self.method, self.path, self.headers, body)
         if app.handler_logs is not None and self.route.endpoint:
             app.handler_logs.write(self._handler(), self.exchange.trace_id, "request " + body.decode("utf-8", "replace"), "debug")
-        if app.request_log is not None or app.handler_logs is not None and self.route.endpoint:
-            self.line.captured = bytearray()
+        logged = app.request_log is not None and self.route.access != "token" or app.handler_logs is not None and self.route.endpoint
+        self.line.captured = bytearray() if logged else None
 
     def _log_answer(self) -> None:
         app, captured = self.app, self.line.captured
@@ -7085,6 +7110,8 @@ class _Call:
         if value is None and not self.line.chunked:
             return  # HTTP/1.0 knows no Host
         if value is None:
+            self.keep = False
+            self.base_headers.append(("Connection", "close"))
             raise BadHead("no Host header")
         if not is_own_host(value, self.settings) and not has_key(self._keys(), self.settings["auth.apiKeys"]):
             raise ClientError(f"the Host {host_name(value)[:100]} is not ours; add it to allowedHosts if it is", status=403, code="host_refused")
@@ -7114,7 +7141,7 @@ class _Call:
                    ("Access-Control-Max-Age", "600")] if cors_headers(self.headers, self.settings) else []
         if headers and "access-control-request-private-network" in self.headers:
             headers.append(("Access-Control-Allow-Private-Network", "true"))
-        self._send(Response("", 204, headers))
+        self._send(PlainAnswer("", 204, headers))
 
     def _body(self) -> bytes:
         """The decoded body; a client that waits for it is told to go on first."""
@@ -7140,7 +7167,7 @@ class _Call:
         except OSError as exc:
             raise ClientGone from exc
 
-    def _send(self, reply: Response) -> None:
+    def _send(self, reply: PlainAnswer) -> None:
         """A complete answer; no body for HEAD, 204 and 304, whatever the headers say."""
         body, kind = reply.encoded()
         headers = [*reply.headers, *self.base_headers]
@@ -7172,7 +7199,7 @@ class _Call:
             self.keep = False
             self.base_headers = [*self.base_headers, ("Connection", "close")]
         try:
-            self._send(Response(body, error.status, headers))
+            self._send(PlainAnswer(body, error.status, headers))
             self.lingers = due
         except ClientGone:
             self.keep = False
