@@ -17,6 +17,7 @@ import ast
 import base64
 import binascii
 import concurrent.futures
+import contextlib
 import copy
 import difflib
 import gettext
@@ -12445,23 +12446,49 @@ def bench_tokens(per_class: int = 14) -> None:
 # `python test_copilot_proxy.py`, and its sub-commands.
 
 
-def run_tests(names: Sequence[str], wanted: Callable[[type], bool]) -> int:
-    """Runs the test classes that `wanted` admits; the last line printed is `N passed, N failed`."""
+def run_tests(names: Sequence[str], wanted: Callable[[type], bool], share: int = 0, shares: int = 1) -> int:
+    """Runs the test classes that `wanted` admits, every `shares`-th of them; the last line printed is `N passed, N failed`."""
     loader = unittest.TestLoader()
     suite = unittest.TestSuite()
-    for case in [value for value in globals().values() if isinstance(value, type) and issubclass(value, unittest.TestCase)]:
-        for test in loader.loadTestsFromTestCase(case) if wanted(case) else ():
-            if not names or any(name in test.id() for name in names):
-                suite.addTest(test)
+    cases = [value for value in globals().values() if isinstance(value, type) and issubclass(value, unittest.TestCase) and wanted(value)]
+    for test in [test for case in cases[share::shares] for test in loader.loadTestsFromTestCase(case)]:
+        if not names or any(name in test.id() for name in names):
+            suite.addTest(test)
     begun = time.monotonic()
     result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if names else 1).run(suite)
-    failed = len({case.id().partition(" ")[0] for case, _ in result.failures + result.errors}) + len(result.unexpectedSuccesses)
-    passed = result.testsRun - len({case.id().partition(" ")[0] for case, _ in result.failures + result.errors}) - len(result.skipped)
+    broken = {case.id().partition(" ")[0] for case, _ in result.failures + result.errors}
     if result.skipped:
         print(f"{len(result.skipped)} skipped: " + "; ".join(sorted({reason for _, reason in result.skipped})))
+    return report(begun, result.testsRun - len(broken) - len(result.skipped), len(broken) + len(result.unexpectedSuccesses))
+
+
+def run_shares(shares: int) -> int:
+    """Runs all tests in so many processes, each with its share of the classes, and prints what they printed."""
+    begun, passed, failed = time.monotonic(), 0, 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(shares)]
+        workers = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "share", str(share), str(shares)], stdout=file, stderr=subprocess.STDOUT)
+                   for share, file in enumerate(files)]
+        for worker, file in zip(workers, files):
+            worker.wait()
+            file.seek(0)
+            printed, _, last = file.read().rstrip().rpartition("\n")
+            found = re.fullmatch(r"(\d+) passed, (\d+) failed", last)
+            print(printed if found else f"{printed}\n{last}\na share of the tests ended with status {worker.returncode}")
+            passed, failed = passed + int(found[1] if found else 0), failed + int(found[2] if found else 1)
+    return report(begun, passed, failed)
+
+
+def report(begun: float, passed: int, failed: int) -> int:
+    """Prints the last lines; the exit status."""
     print(f"{time.monotonic() - begun:.1f} s")
     print(f"{passed} passed, {failed} failed")
-    return 1 if failed or not result.testsRun else 0
+    return 1 if failed or not passed else 0
+
+
+def is_normal(case: type) -> bool:
+    """Whether a class runs without anything installed."""
+    return not getattr(case, "optional", False)
 
 
 def main(args: Sequence[str]) -> int:
@@ -12476,7 +12503,9 @@ def main(args: Sequence[str]) -> int:
         return bench(args[1:])
     if args[:1] == ["conformance"]:
         return run_tests(args[1:], lambda case: getattr(case, "optional", False))
-    return run_tests(args, lambda case: not getattr(case, "optional", False))
+    if args[:1] == ["share"]:
+        return run_tests((), is_normal, int(args[1]), int(args[2]))
+    return run_tests(args, is_normal) if args else run_shares(min(4, os.cpu_count() or 1))
 
 
 if __name__ == "__main__":
