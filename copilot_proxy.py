@@ -85,6 +85,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
+from json.encoder import encode_basestring_ascii
 from urllib.parse import parse_qsl, unquote, urlsplit
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -276,19 +277,203 @@ class Tool:
 
 
 @dataclass
+class ToolChoice:
+    """Which tool the model may or must call. `mode`: auto | none | required | tool (the one named)."""
+
+    mode: str
+    name: Optional[str] = None
+    namespace: Optional[str] = None
+    kind: str = "function"
+
+
+@dataclass
+class Reasoning:
+    """How the model is asked to think.
+
+    `mode`: off | on (a budget) | adaptive; `effort`: none minimal low medium high xhigh max; `budget` in tokens;
+    `visible`: whether its text is wanted; `summary`: Responses' auto | concise | detailed.
+    """
+
+    mode: Optional[str] = None
+    effort: Optional[str] = None
+    budget: Optional[int] = None
+    visible: Optional[bool] = None
+    summary: Optional[str] = None
+
+
+@dataclass
+class OutputFormat:
+    """The structure the answer must have; without `schema` any JSON object."""
+
+    schema: Optional[Json] = None
+    name: Optional[str] = None
+    strict: Optional[bool] = None
+    description: Optional[str] = None
+
+
+@dataclass
 class Request:
-    """What a generation request asks, as far as decisions need it."""
+    """What a generation request asks, in canonical form (see `canonical`)."""
 
     model: str
     messages: List[Message]
     tools: List[Tool] = field(default_factory=list)
-    tool_choice: Any = None
+    tool_choice: Optional[ToolChoice] = None
+    parallel_tools: Optional[bool] = None
     stream: bool = False
     max_tokens: Optional[int] = None
     stop: Optional[List[str]] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    top_k: Optional[int] = None
+    seed: Optional[int] = None
+    presence_penalty: Optional[float] = None
+    frequency_penalty: Optional[float] = None
+    logprobs: Optional[int] = None  # how many alternatives per token, 0: only the token itself
+    reasoning: Optional[Reasoning] = None
+    output: Optional[OutputFormat] = None
+    verbosity: Optional[str] = None
     user: Optional[str] = None  # Messages: `metadata.user_id`
+    metadata: Optional[Json] = None
     cache_key: Optional[str] = None  # `prompt_cache_key`
     extra: Optional[Json] = None
+
+
+@dataclass
+class Reply:
+    """A whole answer. `stop_reason` is a meaning of STOP_REASONS; `created_at` in Unix seconds, 0 unknown."""
+
+    id: str = ""
+    model: str = ""
+    created_at: int = 0
+    content: List[Block] = field(default_factory=list)
+    stop_reason: str = "end"
+    stop_sequence: Optional[str] = None
+    usage: Optional[Usage] = None
+    extra: Optional[Json] = None
+
+
+class Event:
+    """One item of the hub's stream. Plain slotted classes: they are made a million times a minute."""
+
+    __slots__: Tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+class ReplyStart(Event):
+    """First of every stream; `usage` is what is known (or estimated) of the prompt."""
+
+    __slots__ = ("id", "model", "created_at", "usage")
+
+    def __init__(self, id: str, model: str, created_at: int = 0, usage: Optional[Usage] = None) -> None:
+        self.id = id
+        self.model = model
+        self.created_at = created_at
+        self.usage = usage
+
+
+class BlockStart(Event):
+    """A block opens under an index of its own; `block` holds what is known: a call's id and name, no text yet."""
+
+    __slots__ = ("index", "block")
+
+    def __init__(self, index: int, block: Block) -> None:
+        self.index = index
+        self.block = block
+
+
+class BlockDelta(Event):
+    """More of an open block's main text: a text's, a thinking's, a refusal's, or a call's arguments."""
+
+    __slots__ = ("index", "text")
+
+    def __init__(self, index: int, text: str) -> None:
+        self.index = index
+        self.text = text
+
+
+class BlockStop(Event):
+    """A block is complete. `block` is its final form where only the end tells it (signature, id, citations); None
+    when start and deltas say it all."""
+
+    __slots__ = ("index", "block")
+
+    def __init__(self, index: int, block: Optional[Block] = None) -> None:
+        self.index = index
+        self.block = block
+
+
+class ReplyStop(Event):
+    """Last of a good stream."""
+
+    __slots__ = ("reason", "usage", "sequence")
+
+    def __init__(self, reason: str, usage: Optional[Usage] = None, sequence: Optional[str] = None) -> None:
+        self.reason = reason
+        self.usage = usage
+        self.sequence = sequence
+
+
+class Fault(Event):
+    """Last of a stream that failed."""
+
+    __slots__ = ("failure",)
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+
+
+class Pulse(Event):
+    """Upstream is alive, nothing else."""
+
+    __slots__ = ()
+
+
+class Frame:
+    """One server-sent event as on the wire."""
+
+    __slots__ = ("event", "data")
+
+    def __init__(self, event: Optional[str], data: str) -> None:
+        self.event = event
+        self.data = data
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Frame and self.event == other.event and self.data == other.data
+
+    def __repr__(self) -> str:
+        return f"Frame({self.event!r}, {self.data!r})"
+
+
+class Names:
+    """Tool names as an upstream gets them, and the way back: flattened namespaces, other kinds, over 64 characters.
+
+    Written while a request is flattened, read while its answer is decoded.
+    """
+
+    LONGEST = 64  # characters; OpenAI and Anthropic refuse more
+
+    def __init__(self) -> None:
+        self._full: Dict[str, Tuple[str, Optional[str], str]] = {}
+
+    def shorten(self, name: str, namespace: Optional[str] = None, kind: str = "function") -> str:
+        """The wire name of a tool; the same for the same tool, never one for two."""
+        full = (name, namespace, kind)
+        wire = re.sub(r"[^A-Za-z0-9_-]", "_", f"{namespace}__{name}" if namespace else name) or "tool"
+        if len(wire) > self.LONGEST or self._full.get(wire, full) != full:
+            digest = hashlib.sha256(repr(full).encode("utf-8", "replace")).hexdigest()[:8]
+            wire = f"{wire[:self.LONGEST - 9]}_{digest}"
+        self._full[wire] = full
+        return wire
+
+    def restore(self, wire: str) -> Tuple[str, Optional[str], str]:
+        """(name, namespace, kind) behind a wire name; a name nobody shortened is itself."""
+        return self._full.get(wire, (wire, None, "function"))
 
 
 @dataclass
@@ -342,7 +527,8 @@ class Plan:
     stream: bool = False
     caller: Caller = field(default_factory=Caller)
     betas: List[str] = field(default_factory=list)
-    notes: Json = field(default_factory=dict)  # what quirks tell each other: {"usage_asked": False}
+    names: Names = field(default_factory=Names)  # tool names as upstream gets them
+    origin: str = ""  # who reads the state this exchange seals
     edits: List[str] = field(default_factory=list)  # names of the rows that changed something
     dropped: List[str] = field(default_factory=list)  # named to the client
 
@@ -1102,17 +1288,37 @@ def openai_error(error: ProxyError) -> Json:
 
 
 class Codec:
-    """The contract of a dialect.
+    """The contract of a dialect: wire bodies to the hub's values and back.
 
-    `decode_request` takes the wire body and gives the Request that decisions are made on; unknown fields and
-    item types never raise, wrong types of the fields it reads raise ClientError. `encode_error` gives the body
-    of an error answer. `meter` gives a fresh Meter for one relayed stream. `decode_usage` reads a whole answer.
+    Decoding never fails over unknown fields, items or types: they become `extra` and Opaque. A wrong type of a field
+    it reads raises ClientError 400 naming the field. Encoding says what the dialect can say and leaves out the rest
+    on purpose (LOSSES of the test file lists it).
+
+    `decode_stream` takes batches of frames (all frames of one read) and yields one list of events per batch;
+    `encode_stream` takes lists of lawful events and yields lists of frames. Both keep their state in local variables.
+    A decoder turns an error frame into a Fault, reads usage wherever it stands, and adds nothing at the end of its
+    input: a stream without a terminal is completed by `lawful`. An encoder ends a Fault in its dialect's own way.
     """
 
     name = ""
     keep_alive = b": keep-alive\n\n"  # what a silent stream sends so that clients go on waiting
 
     def decode_request(self, body: Json) -> Request:
+        raise NotImplementedError
+
+    def encode_request(self, request: Request) -> Json:
+        raise NotImplementedError
+
+    def decode_reply(self, body: Json) -> Reply:
+        raise NotImplementedError
+
+    def encode_reply(self, reply: Reply) -> Json:
+        raise NotImplementedError
+
+    def decode_stream(self, batches: Iterable[List[Frame]]) -> Iterator[List[Event]]:
+        raise NotImplementedError
+
+    def encode_stream(self, batches: Iterable[List[Event]]) -> Iterator[List[Frame]]:
         raise NotImplementedError
 
     def encode_error(self, error: ProxyError) -> Json:
@@ -1201,6 +1407,565 @@ def stream_failure(body: Json) -> Failure:
     status = next((STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS), 502)
     return classify(status, {}, dump_json({"error": inner}), 0.0)
 
+
+# ---- meanings ---------------------------------------------------------------
+
+# Why an answer ended. Reading: the first row with the wire word; writing: the row of the meaning.
+STOP_REASONS: Tuple[Tuple[str, str, str, Tuple[str, Optional[str]], str], ...] = (
+    # meaning     chat              messages                         responses (status, reason)             gemini
+    ("end",      "stop",           "end_turn",                      ("completed", None),                   "STOP"),
+    ("length",   "length",         "max_tokens",                    ("incomplete", "max_output_tokens"),   "MAX_TOKENS"),
+    ("tool",     "tool_calls",     "tool_use",                      ("completed", None),                   "STOP"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "SAFETY"),
+    ("stop",     "stop",           "stop_sequence",                 ("completed", None),                   "STOP"),
+    ("pause",    "stop",           "pause_turn",                    ("completed", None),                   "STOP"),
+    ("overflow", "length",         "model_context_window_exceeded", ("incomplete", "max_output_tokens"),   "MAX_TOKENS"),
+    ("tool",     "function_call",  "tool_use",                      ("completed", None),                   "STOP"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "PROHIBITED_CONTENT"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "RECITATION"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "BLOCKLIST"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "SPII"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "IMAGE_SAFETY"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "IMAGE_PROHIBITED_CONTENT"),
+    ("filter",   "content_filter", "refusal",                       ("incomplete", "content_filter"),      "MODEL_ARMOR"),
+)
+STOP_COLUMNS = {CHAT: 1, MESSAGES: 2, RESPONSES: 3, GEMINI: 4}
+
+
+def stop_meaning(dialect: str, word: Any) -> str:
+    """The meaning of a dialect's stop word (Responses: a pair of status and reason); `end` for words nobody knows."""
+    column = STOP_COLUMNS[dialect]
+    return next((row[0] for row in STOP_REASONS if row[column] == word), "end")
+
+
+def stop_word(dialect: str, meaning: str) -> Any:
+    """The dialect's word for a meaning."""
+    column = STOP_COLUMNS[dialect]
+    return next((row[column] for row in STOP_REASONS if row[0] == meaning), STOP_REASONS[0][column])
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORT_BUDGETS = {"minimal": 4096, "low": 4096, "medium": 16000, "high": 24576, "xhigh": 31999, "max": 31999}  # tokens; DESIGN 8
+
+
+def budget_of_effort(effort: str) -> int:
+    """The thinking budget that stands for an effort where only budgets can be said."""
+    return EFFORT_BUDGETS.get(effort, EFFORT_BUDGETS["medium"])
+
+
+def effort_of_budget(budget: int) -> str:
+    """The effort that stands for a budget where only efforts can be said."""
+    return "low" if budget <= 8191 else "medium" if budget <= 24575 else "high"
+
+
+# ---- canonical form ---------------------------------------------------------
+
+
+def canonical(messages: Iterable[Message]) -> List[Message]:
+    """The one form of a conversation: neighbours of one role are one Message, empty ones are gone.
+
+    Tool results stand in user messages; `system` and `developer` keep their place.
+    """
+    merged: List[Message] = []
+    for message in messages:
+        if not message.content:
+            continue
+        if merged and merged[-1].role == message.role:
+            merged[-1] = Message(message.role, merged[-1].content + message.content, merged[-1].extra or message.extra)
+        else:
+            merged.append(message)
+    return merged
+
+
+# ---- streams ----------------------------------------------------------------
+
+_DECODER = json.JSONDecoder()
+
+
+def load_object(data: str) -> Optional[Json]:
+    """The JSON object of a frame's data, None for anything else. `raw_decode` is twice as fast as `json.loads`."""
+    try:
+        value, end = _DECODER.raw_decode(data)
+        if end != len(data):
+            value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict else None
+
+
+def parse_frames(frames: bytes) -> List[Frame]:
+    """The frames of one read; comments are left out. Plain `data:` and `event:` + `data:` frames take a short way."""
+    found: List[Frame] = []
+    text = frames.decode("utf-8", "replace")
+    if "\r" in text:
+        text = LINE_END.sub("\n", text)
+    for part in text.split("\n\n"):
+        if part[:6] == "data: " and "\n" not in part:
+            found.append(Frame(None, part[6:]))
+            continue
+        event, gap, data = part.partition("\ndata: ")
+        if gap and event[:7] == "event: " and "\n" not in data and "\n" not in event:
+            found.append(Frame(event[7:], data))
+        elif part:
+            name, data = parse_frame(part.encode("utf-8", "surrogatepass"))
+            if data:
+                found.append(Frame(name, data))
+    return found
+
+
+def format_frames(frames: Iterable[Frame]) -> bytes:
+    """Frames as one run of bytes."""
+    return format_text("".join([f"event: {frame.event}\ndata: {frame.data}\n\n" if frame.event else f"data: {frame.data}\n\n"
+                                for frame in frames]))
+
+
+def format_text(text: str) -> bytes:
+    """JSON text as bytes; a lone surrogate (half an emoji) is escaped."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found.group(0)):04x}", text).encode()
+
+
+def main_text(block: Block) -> Optional[str]:
+    """The text that deltas extend, None for blocks that come whole."""
+    return block.arguments if isinstance(block, ToolCall) else block.text if isinstance(block, (Text, Thinking, Refusal)) else None
+
+
+def with_text(block: Block, text: str) -> Block:
+    """The block with another main text."""
+    return replace(block, arguments=text) if isinstance(block, ToolCall) else replace(block, text=text)
+
+
+def collect(batches: Iterable[List[Event]]) -> Reply:
+    """The whole answer of a stream; raises UpstreamError for a Fault. Blocks stand in the order they opened."""
+    reply = Reply()
+    blocks: Dict[int, Block] = {}
+    texts: Dict[int, List[str]] = {}
+    for events in batches:
+        for event in events:
+            kind = type(event)
+            if kind is BlockDelta:
+                texts[event.index].append(event.text)
+            elif kind is BlockStart:
+                blocks[event.index], texts[event.index] = event.block, [main_text(event.block) or ""]
+            elif kind is BlockStop:
+                blocks[event.index] = finished(blocks[event.index], "".join(texts[event.index]), event.block)
+            elif kind is ReplyStart:
+                reply.id, reply.model, reply.created_at, reply.usage = event.id, event.model, event.created_at, event.usage
+            elif kind is ReplyStop:
+                reply.stop_reason, reply.stop_sequence, reply.usage = event.reason, event.sequence, event.usage or reply.usage
+            elif kind is Fault:
+                raise UpstreamError(event.failure)
+    reply.content = list(blocks.values())
+    return reply
+
+
+def finished(opened: Block, text: str, final: Optional[Block]) -> Block:
+    """A block at its end: the final form where there is one, with the text that streamed if it says none."""
+    block = opened if final is None else final
+    said = main_text(block)
+    return block if said is None or final is not None and said else with_text(block, text)
+
+
+def replay(reply: Reply) -> List[Event]:
+    """The events that say a whole answer, each block in one delta."""
+    events: List[Event] = [ReplyStart(reply.id, reply.model, reply.created_at, reply.usage)]
+    for index, block in enumerate(reply.content):
+        text = main_text(block)
+        if text is None:
+            events += [BlockStart(index, block), BlockStop(index)]
+            continue
+        events.append(BlockStart(index, opening(block)))
+        if text:
+            events.append(BlockDelta(index, text))
+        events.append(BlockStop(index, block))
+    events.append(ReplyStop(reply.stop_reason, reply.usage, reply.stop_sequence))
+    return events
+
+
+def opening(block: Block) -> Block:
+    """What is known of a block before its text: no text, no signature."""
+    bare = with_text(block, "")
+    return replace(bare, signature=None) if isinstance(bare, Thinking) else bare
+
+
+def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event]]:
+    """The same stream under the hub's grammar, whatever the decoder gave:
+
+        ReplyStart (Pulse | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
+
+    A missing start is made, open blocks are closed before the end, nothing follows it, a stream without an end
+    ends in a Fault. Deltas of blocks that are not open are dropped.
+    """
+    started = False
+    open_blocks: set = set()
+    for events in batches:
+        lawful_events: List[Event] = []
+        for event in events:
+            kind = type(event)
+            if kind is BlockDelta:
+                if event.index in open_blocks:
+                    lawful_events.append(event)
+                continue
+            if not started and kind is not Pulse:
+                started = True
+                if kind is not ReplyStart:
+                    lawful_events.append(ReplyStart(f"msg_{trace_id}", ""))
+            elif kind is ReplyStart:
+                continue
+            if kind is BlockStart:
+                open_blocks.add(event.index)
+            elif kind is BlockStop:
+                if event.index not in open_blocks:
+                    continue
+                open_blocks.discard(event.index)
+            elif kind is ReplyStop or kind is Fault:
+                lawful_events += [BlockStop(index) for index in sorted(open_blocks)]
+                lawful_events.append(event)
+                yield lawful_events
+                return
+            lawful_events.append(event)
+        if lawful_events:
+            yield lawful_events
+    ending: List[Event] = [] if started else [ReplyStart(f"msg_{trace_id}", "")]
+    yield ending + [BlockStop(index) for index in sorted(open_blocks)] + [Fault(CUT)]
+
+
+def sequence(batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
+    """The stream with one block open at a time, numbered 0, 1, 2 …: for dialects that know no interleaving.
+
+    The first open block streams; what arrives for others waits until it closes.
+    """
+    current: Optional[int] = None
+    number = -1
+    waiting: Dict[int, List[Event]] = {}  # in the order the blocks opened
+    for events in batches:
+        ordered: List[Event] = []
+        for event in events:
+            kind = type(event)
+            if kind is not BlockDelta and kind is not BlockStart and kind is not BlockStop:
+                ordered.append(event)
+                continue
+            if current is None and kind is BlockStart:
+                current, number = event.index, number + 1
+            if event.index != current:
+                waiting.setdefault(event.index, []).append(event)
+                continue
+            ordered.append(renumbered(event, number))
+            if kind is BlockStop:
+                current = None
+                while waiting and current is None:
+                    current = next(iter(waiting))
+                    held, number = waiting.pop(current), number + 1
+                    ordered += [renumbered(held_event, number) for held_event in held]
+                    if type(held[-1]) is BlockStop:
+                        current = None
+        if ordered:
+            yield ordered
+
+
+def renumbered(event: Any, index: int) -> Event:
+    """A block event under another index."""
+    if event.index == index:
+        return event
+    return BlockDelta(index, event.text) if type(event) is BlockDelta else type(event)(index, event.block)
+
+
+ID_PREFIXES = {CHAT: "chatcmpl-", RESPONSES: "resp_", MESSAGES: "msg_", GEMINI: ""}
+
+
+def client_id(dialect: str, own: str, trace_id: str) -> str:
+    """The answer's id in the form the client's dialect uses; one of ours when upstream gave none."""
+    prefix, own = ID_PREFIXES[dialect], own or trace_id
+    return own if own.startswith(prefix) else prefix + own
+
+
+# ---- carriers ---------------------------------------------------------------
+
+# Thinking signatures and encrypted state mean something only to their origin, and clients only store what they are
+# given: what they get is a carrier, padded URL-safe base64 of `cp1` + {"k": kind, "o": origin, "i": item id, "s": signature
+# or data, "t": exact thinking text}. google-genai validates base64 and rewrites other alphabets; Anthropic checks the
+# text byte by byte while clients drop or split it. Towards Messages clients Responses' state keeps the seeds' shapes
+# `<encrypted>@<id>` and `cm1#<encrypted>@<id>` (gateway-features 8.2, 8.5).
+CARRIER = "cp1"
+CARRIER_HEAD = "Y3Ax"  # how the base64 of the mark begins
+FOREIGN_NEEDLES = (b'"Y3Ax', b'"signature"')  # a body without one of these holds no state of another dialect
+SEED_COMPACTION = "cm1#"
+PLACEHOLDER = "Thinking..."  # some clients drop a thinking block without text
+
+
+def origin_of(provider: str, account: str, model: str) -> str:
+    """Who may read what it sealed: the first 12 hex of sha256(provider|account|model)."""
+    return hashlib.sha256(f"{provider}|{account}|{model}".encode("utf-8", "replace")).hexdigest()[:12]
+
+
+def seal(kind: str, origin: str, state: str, id: Optional[str] = None, text: str = "") -> str:
+    """A carrier."""
+    facts = {"k": kind, "o": origin, "i": id, "s": state, "t": text}
+    return base64.urlsafe_b64encode(CARRIER.encode() + dump_json(facts, ascii_only=True)).decode()
+
+
+def unseal(text: str) -> Optional[Json]:
+    """What a carrier holds, None for any other text."""
+    if not text.startswith(CARRIER_HEAD):
+        return None
+    try:
+        raw = base64.urlsafe_b64decode(text.replace("+", "-").replace("/", "_") + "=" * (-len(text) % 4))
+    except (ValueError, binascii.Error):
+        return None
+    return load_object(raw[len(CARRIER):].decode("utf-8", "replace")) if raw.startswith(CARRIER.encode()) else None
+
+
+def sealed(block: Block, origin: str, client: str, upstream: str) -> Block:
+    """A block of an answer with its state in the form this client may keep."""
+    seeds = client == MESSAGES and upstream == RESPONSES
+    if isinstance(block, Thinking) and block.signature:
+        state = f"{block.signature}@{block.id or ''}" if seeds else seal("thinking", origin, block.signature, block.id, block.text)
+        return replace(block, signature=state, text=block.text or PLACEHOLDER if seeds else block.text)
+    if isinstance(block, Thinking) and block.redacted:
+        return replace(block, redacted=seal("redacted", origin, block.redacted, block.id))
+    if isinstance(block, Compaction) and block.sealed:
+        if seeds:
+            return Thinking(PLACEHOLDER, signature=f"{SEED_COMPACTION}{block.sealed}@{block.id or ''}")
+        return replace(block, sealed=seal("compaction", origin, block.sealed, block.id))
+    return replace(block, seal=seal("seal", origin, block.seal)) if getattr(block, "seal", None) else block
+
+
+def carry(batches: Iterable[List[Event]], origin: str, client: str, upstream: str) -> Iterator[List[Event]]:
+    """The stream with every signature and sealed state in a carrier; final forms only say what deltas did not."""
+    thinking: Dict[int, List[str]] = {}
+    for events in batches:
+        carried: List[Event] = []
+        for event in events:
+            kind = type(event)
+            if kind is BlockDelta:
+                if event.index in thinking:
+                    thinking[event.index].append(event.text)
+            elif kind is BlockStart:
+                if isinstance(event.block, Thinking):
+                    thinking[event.index] = [event.block.text]
+                event = BlockStart(event.index, sealed(event.block, origin, client, upstream))
+            elif kind is BlockStop and event.block is not None:
+                said = "".join(thinking.pop(event.index, []))
+                final = event.block
+                if isinstance(final, Thinking):
+                    final = sealed(replace(final, text=final.text or said), origin, client, upstream)
+                    if not said and final.text:
+                        carried.append(BlockDelta(event.index, final.text))
+                else:
+                    final = sealed(final, origin, client, upstream)
+                event = BlockStop(event.index, final)
+            carried.append(event)
+        yield carried
+
+
+def carried_reply(reply: Reply, origin: str, client: str, upstream: str) -> Reply:
+    """A whole answer with its state in carriers."""
+    return replace(reply, content=[sealed(block, origin, client, upstream) for block in reply.content])
+
+
+def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
+    """A block of a request with its state as this upstream made it; None for state of another origin, and for
+    thinking that carries none: it means nothing to anyone but its maker."""
+    if isinstance(block, Thinking):
+        return opened_thinking(block, origin, upstream)
+    if isinstance(block, Compaction) and block.sealed:
+        facts = unseal(block.sealed)
+        return replace(block, sealed=facts["s"], id=facts.get("i")) if is_own(facts, origin) else None
+    if getattr(block, "seal", None):
+        facts = unseal(block.seal)
+        return replace(block, seal=facts["s"] if is_own(facts, origin) else None)
+    return block
+
+
+def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Block]:
+    """The thinking (or compaction) behind a carrier or one of the seeds' shapes."""
+    state = block.signature or block.redacted or ""
+    facts = unseal(state)
+    if facts is not None:
+        if not is_own(facts, origin):
+            return None
+        if facts.get("k") == "compaction":
+            return Compaction(sealed=facts["s"], id=facts.get("i"))
+        if facts.get("k") == "redacted":
+            return Thinking(redacted=facts["s"], id=facts.get("i"))
+        return Thinking(text=str(facts.get("t") or ""), signature=facts["s"], id=facts.get("i"))
+    if upstream != RESPONSES or "@" not in state:
+        return None
+    text = "" if block.text == PLACEHOLDER else block.text
+    if state.startswith(SEED_COMPACTION):
+        encrypted, _, item = state[len(SEED_COMPACTION):].rpartition("@")
+        return Compaction(sealed=encrypted, id=item or None)
+    encrypted, _, item = state.rpartition("@")
+    return Thinking(text=text, signature=encrypted, id=item or None)
+
+
+def opened_blocks(block: Block, origin: str, upstream: str) -> List[Block]:
+    """A block of a request, opened; state that rode on its seal (Gemini) stands before it again."""
+    facts = unseal(getattr(block, "seal", None) or "")
+    if facts is None or facts.get("k") in (None, "seal"):
+        found = [opened(block, origin, upstream)]
+    else:
+        found = [opened_thinking(Thinking(signature=block.seal), origin, upstream), replace(block, seal=None)]
+    return [one for one in found if one is not None and one != Text("")]
+
+
+def is_own(facts: Optional[Json], origin: str) -> bool:
+    """Whether a carrier is of this origin and whole."""
+    return facts is not None and facts.get("o") == origin and isinstance(facts.get("s"), str)
+
+
+def drop_foreign(body: Json, dialect: str) -> bool:
+    """Takes out of a wire body that is passed on as it is every carrier and the thinking it belongs to: whoever speaks
+    the client's dialect never made one. True when there was any."""
+    turns = body.get("input" if dialect == RESPONSES else "messages")
+    found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    dropped = False
+    for turn in found:
+        content = turn.get("content")
+        if dialect == RESPONSES and holds_carrier(turn, "encrypted_content"):
+            turns.remove(turn)
+            dropped = True
+        elif dialect == CHAT and holds_carrier(turn, "reasoning_opaque"):
+            for name in ("reasoning_opaque", "reasoning_text", "reasoning_content"):
+                turn.pop(name, None)
+            dropped = True
+        elif dialect == MESSAGES and isinstance(content, list) and any(holds_carrier(block, "signature", "data") for block in content):
+            turn["content"] = [block for block in content if not holds_carrier(block, "signature", "data")] or PLACEHOLDER
+            dropped = True
+    return dropped
+
+
+def holds_carrier(value: Any, *names: str) -> bool:
+    """Whether one of these fields of a wire object holds a carrier, or one of the seeds' shapes (no base64 has an @)."""
+    said = [value[name] for name in names if isinstance(value.get(name), str)] if isinstance(value, dict) else []
+    return any(text.startswith(CARRIER_HEAD) or "@" in text for text in said)
+
+
+def opened_request(request: Request, origin: str, upstream: str) -> Request:
+    """The request with every carrier of this origin opened, and foreign state left out."""
+    messages = []
+    for message in request.messages:
+        messages.append(replace(message, content=[found for block in message.content for found in opened_blocks(block, origin, upstream)]))
+    return replace(request, messages=canonical(messages))
+
+
+# ---- tools that not every dialect has ---------------------------------------
+
+# What a dialect can say of tools; the rest is flattened to plain functions. Copilot's chat takes no custom tools.
+# DEFER: tools found later; REFERENCE: blocks that name a found tool; SERVER: tools upstream runs itself.
+CUSTOM, NAMESPACE, SEARCH, DEFER, REFERENCE, SERVER = "custom", "namespace", "search", "defer", "reference", "server"
+TOOL_POWERS = {CHAT: frozenset(), RESPONSES: frozenset((CUSTOM, NAMESPACE, SEARCH, DEFER, REFERENCE, SERVER)),
+               MESSAGES: frozenset((DEFER, REFERENCE, SERVER)), GEMINI: frozenset()}
+CUSTOM_SCHEMA: Json = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+SEARCH_SCHEMA: Json = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+
+
+def flatten(request: Request, names: Names, dialect: str) -> Request:
+    """The request in words the dialect knows: other tool kinds as functions, namespaces in the name, long names
+    shortened, references as text. `names` learns the way back."""
+    powers = TOOL_POWERS[dialect]
+    if dialect == RESPONSES and not any(tool.kind == "search" for tool in request.tools):
+        powers = powers - {DEFER}  # nothing could load what is deferred
+    tools = [flat_tool(tool, names, powers) for tool in request.tools if tool.kind != "server" or SERVER in powers]
+    choice = request.tool_choice
+    if choice is not None and choice.mode == "tool" and choice.name is not None:
+        kept = NAMESPACE in powers
+        choice = ToolChoice("tool", flat_name(choice.name, choice.namespace, choice.kind, names, powers),
+                            choice.namespace if kept else None, choice.kind if choice.kind in powers else "function")
+    messages = [replace(message, content=[flat_block(block, names, powers) for block in message.content])
+                for message in request.messages]
+    return replace(request, tools=tools, tool_choice=choice if tools or choice is None or choice.mode != "tool" else None,
+                   messages=messages)
+
+
+def flat_name(name: str, namespace: Optional[str], kind: str, names: Names, powers: Any) -> str:
+    """The name a tool goes by in the dialect."""
+    if NAMESPACE in powers and namespace:
+        return name
+    return names.shorten(name, namespace, "function" if kind in powers else kind)
+
+
+def flat_tool(tool: Tool, names: Names, powers: Any) -> Tool:
+    """One tool, flattened."""
+    name = flat_name(tool.name, tool.namespace, tool.kind, names, powers)
+    flat = replace(tool, name=name, namespace=tool.namespace if NAMESPACE in powers else None,
+                   deferred=tool.deferred if DEFER in powers else None)
+    if tool.kind == "function" or tool.kind in powers:
+        return flat
+    if tool.kind == "custom":
+        note = f"\n\nThe input must follow this grammar:\n{tool.grammar.get('definition')}" if isinstance(tool.grammar, dict) and tool.grammar.get("definition") else ""
+        return replace(flat, kind="function", schema=CUSTOM_SCHEMA, description=(tool.description or "") + note, grammar=None)
+    return replace(flat, kind="function", schema=tool.schema or SEARCH_SCHEMA)
+
+
+def flat_block(block: Block, names: Names, powers: Any) -> Block:
+    """One block, its tool names and kinds flattened."""
+    if isinstance(block, ToolCall):
+        name = flat_name(block.name, block.namespace, block.kind, names, powers)
+        arguments = block.arguments
+        if block.kind == "custom" and CUSTOM not in powers:
+            arguments = dump_json({"input": block.arguments}).decode("utf-8", "surrogatepass")
+        return replace(block, name=name, namespace=block.namespace if NAMESPACE in powers else None, arguments=arguments,
+                       kind=block.kind if block.kind in powers else "function")
+    if isinstance(block, ToolResult):
+        return replace(block, content=[flat_block(part, names, powers) for part in block.content],
+                       kind=block.kind if block.kind in powers else "function")
+    if isinstance(block, ToolReference):
+        name = flat_name(block.name, text_or_none((block.extra or {}).get("namespace")), "function", names, powers)
+        return replace(block, name=name) if REFERENCE in powers else Text(f"Tool {name} loaded", cache=block.cache)
+    return block
+
+
+def restored_call(call: ToolCall, names: Names) -> ToolCall:
+    """A whole call under its own name, namespace and kind."""
+    name, namespace, kind = names.restore(call.name)
+    arguments = custom_input(call.arguments) if kind == "custom" and call.kind != "custom" else call.arguments
+    return replace(call, name=name, namespace=namespace or call.namespace, arguments=arguments,
+                   kind=kind if kind != "function" else call.kind)
+
+
+def custom_input(arguments: str) -> str:
+    """The free text inside the arguments of a flattened custom tool; other arguments are taken as the text itself."""
+    value = load_object(arguments)
+    return value["input"] if value is not None and isinstance(value.get("input"), str) else arguments
+
+
+def restore_names(batches: Iterable[List[Event]], names: Names) -> Iterator[List[Event]]:
+    """The stream with calls under their own names. A flattened custom call is held until its text can be unwrapped."""
+    held: Dict[int, List[str]] = {}
+    calls: Dict[int, ToolCall] = {}
+    for events in batches:
+        restored: List[Event] = []
+        for event in events:
+            kind = type(event)
+            if kind is BlockStart and isinstance(event.block, ToolCall):
+                call = calls[event.index] = restored_call(event.block, names)
+                if call.kind == "custom" and event.block.kind != "custom":
+                    held[event.index] = [event.block.arguments]
+                    call = calls[event.index] = replace(call, arguments="")
+                restored.append(BlockStart(event.index, call))
+            elif kind is BlockDelta and event.index in held:
+                held[event.index].append(event.text)
+            elif kind is BlockStop and event.index in calls:
+                restored += _restored_stop(event, calls.pop(event.index), held.pop(event.index, None), names)
+            else:
+                restored.append(event)
+        yield restored
+
+
+def _restored_stop(event: Any, call: ToolCall, held: Optional[List[str]], names: Names) -> List[Event]:
+    final = restored_call(event.block, names) if isinstance(event.block, ToolCall) else None
+    if held is None:
+        return [BlockStop(event.index, final)]
+    text = final.arguments if final is not None and final.arguments else custom_input("".join(held))
+    return [BlockDelta(event.index, text), BlockStop(event.index, replace(call, arguments=text))]
+
+
+def restore_reply(reply: Reply, names: Names) -> Reply:
+    """A whole answer with calls under their own names."""
+    return replace(reply, content=[restored_call(block, names) if isinstance(block, ToolCall) else block for block in reply.content])
 
 # ---- reading wire bodies ----------------------------------------------------
 
@@ -1301,18 +2066,48 @@ def image_of_url(url: Any, detail: Any = None) -> Image:
 ###############################################################################
 #                                 OpenAI Chat                                 #
 ###############################################################################
-# POST /v1/chat/completions. API reference "Chat", 2026-09.
+# POST /v1/chat/completions. API reference "Chat", "Chat streaming", 2026-09; what Copilot makes of it: copilot-upstream 5.
 #
-#   {"model","messages":[{"role":"user","content":"…"|[{"type":"text","text"},{"type":"image_url","image_url":{"url"}}]},
-#                        {"role":"assistant","content":null,"tool_calls":[{"id","type":"function","function":{"name","arguments"}}]},
-#                        {"role":"tool","tool_call_id","content":"…"}],"tools":[{"type":"function","function":{…}}]}
-#   data: {"id","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content"},"finish_reason":null}]}
-#   data: {"choices":[],"usage":{…}}      data: [DONE]
+#   {"model","messages":[{"role":"system","content":"…"},
+#      {"role":"user","content":"…"|[{"type":"text","text"},{"type":"image_url","image_url":{"url","detail"}},
+#                                    {"type":"file","file":{"filename","file_data"}}]},
+#      {"role":"assistant","content":null,"reasoning_text","reasoning_opaque","tool_calls":[
+#         {"id","type":"function","function":{"name","arguments"}}|{"id","type":"custom","custom":{"name","input"}}]},
+#      {"role":"tool","tool_call_id","content":"…"}],"tools":[{"type":"function","function":{"name","parameters"}}],
+#    "max_tokens","reasoning_effort","thinking_budget","response_format":{"type":"json_schema","json_schema":{…}},
+#    "stream_options":{"include_usage":true}}
+#   {"id","object":"chat.completion","created","model","choices":[{"index":0,"message":{"role","content","refusal",
+#      "annotations","tool_calls"},"logprobs":{"content":[…]},"finish_reason":"stop"}],"usage":{"prompt_tokens",…}}
+#   data: {"id","object":"chat.completion.chunk","created","model","choices":[{"index":0,"delta":{"content"},"finish_reason":null}]}
+#   data: {…,"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id","type","function":{"name","arguments":""}}]}}]}
+#   data: {…,"choices":[],"usage":{…}}      data: {"error":{"message","code"}}      data: [DONE]
+#
+# A message has one slot for each kind of thing: its thinking, its words, its refusal, its calls. The order among them
+# is lost in a message, and kept in a stream.
 
 CHAT_ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant",
               "tool": "user", "function": "user"}
 CHAT_FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
 CHAT_DONE = re.compile(rb"(?:^|[\r\n])data:\s*\[DONE\]")  # JSON text holds no raw line end
+CHAT_TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
+CHAT_OPAQUE_PARTS = frozenset(("input_audio",))  # content parts without a place in the hub, written back as they came
+# Fields for readable thinking, the first that says something counts: Copilot's, DeepSeek's (what the AI SDK's compatible
+# provider and LiteLLM read), OpenRouter's, Copilot's for GPT.
+CHAT_THOUGHTS = ("reasoning_text", "reasoning_content", "reasoning", "cot_summary")
+# Fields whose text usually is all that a delta says, with what comes before the text on the wire.
+CHAT_STREAMED = {name: re.compile(rf'"{name}"\s*:\s*"') for name in ("content", "arguments") + CHAT_THOUGHTS}
+# Top-level fields that only this dialect knows, with the type (or values) that tells them from another dialect's.
+CHAT_PASSED: Tuple[Tuple[str, Any], ...] = (
+    ("logit_bias", dict), ("prediction", dict), ("store", bool), ("safety_identifier", str), ("prompt_cache_retention", str),
+    ("web_search_options", dict), ("snippy", dict), ("intent", bool), ("intent_threshold", (int, float)),
+    ("copilot_thread_id", str), ("service_tier", ("auto", "default", "flex", "scale", "priority")))
+# Top-level fields that become words of the hub.
+CHAT_READ = frozenset((
+    "model", "messages", "tools", "functions", "tool_choice", "function_call", "parallel_tool_calls", "stream", "max_tokens",
+    "max_completion_tokens", "stop", "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logprobs",
+    "top_logprobs", "reasoning_effort", "thinking_budget", "response_format", "verbosity", "user", "metadata", "prompt_cache_key"))
+
+# ---- content parts ----------------------------------------------------------
 
 
 def chat_part(part: Any) -> Block:
@@ -1320,18 +2115,20 @@ def chat_part(part: Any) -> Block:
     if isinstance(part, str):
         return Text(part)
     kind = name_in(part, "type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return Text(part["text"])
+    if kind in CHAT_TEXT_PARTS and isinstance(part.get("text"), str):
+        mark = part.get("cache_control")
+        return Text(part["text"], cache=mark if isinstance(mark, dict) else None)
     if kind == "image_url":
         image = part.get("image_url")
         image = image if isinstance(image, dict) else {"url": image}
         return image_of_url(image.get("url"), image.get("detail"))
     if kind == "file" and isinstance(part.get("file"), dict):
-        media_type, data = split_data_url(text_or_none(part["file"].get("file_data")) or "")
-        return File(media_type=media_type, data=data, file_id=text_or_none(part["file"].get("file_id")),
-                    name=text_or_none(part["file"].get("filename")))
+        file, given = part["file"], text_or_none(part["file"].get("file_data"))
+        media_type, data = split_data_url(given) if given else (None, None)
+        return File(media_type=media_type, data=given if data is None else data, file_id=text_or_none(file.get("file_id")),
+                    name=text_or_none(file.get("filename")))
     if kind == "refusal":
-        return Refusal(str(part.get("refusal")))
+        return Refusal(text_or_none(part.get("refusal")) or "")
     return Opaque(kind, part)
 
 
@@ -1346,41 +2143,321 @@ def chat_content(content: Any, path: str) -> List[Block]:
     return [chat_part(part) for part in content]
 
 
+def chat_wire_part(block: Block) -> Optional[Json]:
+    """A block of a user's turn or of a result as a part; None for what is no part."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, Image):
+        return chat_wire_image(block)
+    if isinstance(block, File):
+        return chat_wire_file(block)
+    if isinstance(block, ToolReference):
+        return {"type": "text", "text": f"Tool {block.name} loaded"}
+    if isinstance(block, Compaction) and block.sealed is None and block.summary:
+        return {"type": "text", "text": block.summary}
+    return block.raw if isinstance(block, Opaque) and block.kind in CHAT_OPAQUE_PARTS else None
+
+
+def chat_wire_image(image: Image) -> Optional[Json]:
+    """{"type":"image_url","image_url":{"url":"data:…"|"https:…","detail"}}; there are no file ids for images."""
+    url = image.url if image.data is None else f"data:{image.media_type or 'image/png'};base64,{image.data}"
+    if url is None:
+        return None
+    return {"type": "image_url", "image_url": {"url": url, **({} if image.detail is None else {"detail": image.detail})}}
+
+
+def chat_wire_file(file: File) -> Optional[Json]:
+    """{"type":"file","file":{"filename","file_data":"data:application/pdf;base64,…"}|{"file_id"}}; plain text stays text."""
+    if file.text is not None:
+        return {"type": "text", "text": file.text}
+    if file.data is None and file.file_id is None:
+        return None
+    data = file.data if file.data is None or file.media_type is None else f"data:{file.media_type};base64,{file.data}"
+    name = file.name if file.name is not None or data is None else "document.pdf"
+    said = {"filename": name, "file_data": data, "file_id": file.file_id}
+    return {"type": "file", "file": {name: value for name, value in said.items() if value is not None}}
+
+
+# ---- messages ---------------------------------------------------------------
+
+
 def chat_message(message: Json, path: str) -> Message:
     """One wire message; a tool message becomes a user message that holds its result."""
     role = name_in(message, "role")
     if role not in CHAT_ROLES:
         raise ClientError(f"{path}.role: expected one of {', '.join(CHAT_ROLES)}, got {message.get('role')!r}", param=f"{path}.role")
     content = chat_content(message.get("content"), f"{path}.content")
+    extra = chat_named(message) or None
     if role in ("tool", "function"):
         call_id = message.get("tool_call_id") or message.get("name") or ""
-        return Message("user", [ToolResult(str(call_id), content)])
+        return Message("user", [ToolResult(str(call_id), content, extra=extra)])
     if role == "assistant":
-        thinking = message.get("reasoning_text") or message.get("reasoning_content")
-        if thinking or message.get("reasoning_opaque"):
-            content.insert(0, Thinking(text_or_none(thinking) or "", text_or_none(message.get("reasoning_opaque"))))
-        content.extend(chat_call(call) for call in want_list(message, "tool_calls") if isinstance(call, dict))
-    return Message(CHAT_ROLES[role], content)
+        content = chat_turn(message, content)
+    return Message(CHAT_ROLES[role], content, extra)
+
+
+def chat_named(fields: Optional[Json]) -> Json:
+    """{"name"} of a message or of what was kept of one, {} where there is none."""
+    name = name_in(fields, "name")
+    return {"name": name} if name else {}
+
+
+def chat_turn(message: Json, content: List[Block]) -> List[Block]:
+    """What an assistant message says, thinking first, calls last. An empty `content` beside something else is nothing."""
+    thought, opaque = chat_thought(message), text_or_none(message.get("reasoning_opaque")) or None
+    before: List[Block] = [Thinking(thought, opaque)] if thought or opaque else []
+    after: List[Block] = [Refusal(message["refusal"])] if name_in(message, "refusal") else []
+    after.extend(chat_call(call) for call in want_list(message, "tool_calls") if isinstance(call, dict))
+    if isinstance(message.get("function_call"), dict):  # of old clients; its result comes under the function's name
+        after.append(chat_call({"id": message["function_call"].get("name"), "function": message["function_call"]}))
+    if message.get("content") == "" and (before or after):
+        content = []
+    return before + content + after
+
+
+def chat_thought(said: Json) -> str:
+    """The readable thinking of a message or a delta, in whichever field it stands."""
+    for name in CHAT_THOUGHTS:
+        text = said.get(name)
+        if text and type(text) is str:
+            return text
+    return ""
 
 
 def chat_call(call: Json) -> ToolCall:
     """One entry of `tool_calls`."""
-    custom = call.get("custom")
-    inner = custom if isinstance(custom, dict) else call.get("function")
-    inner = inner if isinstance(inner, dict) else {}
-    arguments = inner.get("input") if custom else inner.get("arguments")
-    return ToolCall(str(call.get("id") or ""), str(inner.get("name") or ""), text_or_none(arguments) or "",
-                    kind="custom" if custom else "function")
+    kind, inner = chat_called(call)
+    return ToolCall(str(call.get("id") or ""), name_in(inner, "name"),
+                    chat_arguments(inner.get("input" if kind == "custom" else "arguments")), kind)
+
+
+def chat_called(call: Json) -> Tuple[str, Json]:
+    """(kind, what is called with what) of an entry of `tool_calls`."""
+    kind = "custom" if isinstance(call.get("custom"), dict) else "function"
+    inner = call.get(kind)
+    return kind, inner if isinstance(inner, dict) else {}
+
+
+def chat_arguments(given: Any) -> str:
+    """A call's arguments as text; some upstreams send the object itself."""
+    try:
+        return given if isinstance(given, str) else dump_json(given).decode() if isinstance(given, dict) else ""
+    except RecursionError:
+        return "{}"
+
+
+def chat_wire_call(call: ToolCall) -> Json:
+    """{"id","type":"function","function":{"name","arguments"}} | {"id","type":"custom","custom":{"name","input"}}"""
+    if call.kind == "custom":
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments or "{}"}}
+
+
+def chat_wire_messages(message: Message) -> Iterator[Json]:
+    """The wire messages of one message of the hub."""
+    named = chat_named(message.extra)
+    if message.role == "user":
+        results = [block for block in message.content if isinstance(block, ToolResult)]
+        yield from map(chat_wire_result, results)
+        parts = [part for result in results for part in chat_moved(result)]
+        parts += filter(None, map(chat_wire_part, message.content))
+        if parts:
+            yield {"role": "user", **named, "content": chat_wire_content(parts)}
+    elif message.role == "assistant":
+        yield from ({"role": "user", "content": part["text"]} for block in message.content if isinstance(block, Compaction)
+                    for part in [chat_wire_part(block)] if part is not None)
+        turn = chat_wire_turn(message.content)
+        if turn:
+            yield {"role": "assistant", **named, **turn}
+    else:
+        texts = [block.text for block in message.content if isinstance(block, Text)]
+        if texts:
+            yield {"role": message.role, **named, "content": "\n\n".join(texts)}
+
+
+def chat_wire_content(parts: List[Json]) -> Union[str, List[Json]]:
+    """The content of a message: a string where it is one text."""
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def chat_rich(result: ToolResult) -> List[Json]:
+    """The parts of a result that a tool message cannot hold."""
+    return [part for part in map(chat_wire_part, result.content) if part is not None and part["type"] != "text"]
+
+
+def chat_wire_result(result: ToolResult) -> Json:
+    """{"role":"tool","tool_call_id","content"}: the result's text, or a word on where to find the rest (gateway-features 9.3)."""
+    texts = [part["text"] for part in map(chat_wire_part, result.content) if part is not None and part["type"] == "text"]
+    text = "\n".join(texts) if texts or not chat_rich(result) else "The result follows in the next user message."
+    return {"role": "tool", "tool_call_id": result.call_id, **chat_named(result.extra), "content": text}
+
+
+def chat_moved(result: ToolResult) -> List[Json]:
+    """The rich parts of a result, under a line that says whose they are."""
+    rich = chat_rich(result)
+    return [{"type": "text", "text": f"Tool result for {result.call_id}:"}, *rich] if rich else []
+
+
+def chat_wire_turn(blocks: Sequence[Block]) -> Json:
+    """An assistant message without its role; empty when nothing of it can be said."""
+    words = [block for block in blocks if isinstance(block, (Text, Refusal))]
+    parts: List[Json] = [{"type": "text", "text": block.text} if isinstance(block, Text) else {"type": "refusal", "refusal": block.text}
+                         for block in words if block.text or isinstance(block, Refusal)]
+    calls = [chat_wire_call(block) for block in blocks if isinstance(block, ToolCall)]
+    thoughts = chat_wire_thoughts(blocks)
+    if not (words or calls or thoughts):
+        return {}
+    return {"content": chat_wire_content(parts) if parts else None if calls else "", **thoughts, **({"tool_calls": calls} if calls else {})}
+
+
+def chat_wire_thoughts(blocks: Sequence[Block]) -> Json:
+    """{"reasoning_text","reasoning_opaque"}: all thoughts, and the first of what is sealed; a message holds one."""
+    text = "\n\n".join(block.text for block in blocks if isinstance(block, Thinking) and block.text)
+    opaque = next(filter(None, map(chat_sealed, blocks)), None)
+    return {name: value for name, value in (("reasoning_text", text), ("reasoning_opaque", opaque)) if value}
+
+
+def chat_sealed(block: Block) -> Optional[str]:
+    """The opaque state a block carries."""
+    return (block.signature or block.redacted if isinstance(block, Thinking) else None) or block.seal
+
+
+# ---- tools and options ------------------------------------------------------
 
 
 def chat_tool(tool: Any) -> Tool:
-    """One entry of `tools`."""
+    """One entry of `tools`, of the old `functions`, or a server tool of some upstream, which has neither name nor schema."""
     tool = tool if isinstance(tool, dict) else {}
-    inner = tool.get("function") or tool.get("custom") or tool
-    inner = inner if isinstance(inner, dict) else {}
-    return Tool(str(inner.get("name") or tool.get("type") or ""), text_or_none(inner.get("description")),
-                inner.get("parameters"), kind="custom" if tool.get("type") == "custom" else "function",
-                strict=inner.get("strict"))
+    wire_type = name_in(tool, "type") or "function"
+    inner = tool.get(wire_type) if isinstance(tool.get(wire_type), dict) else tool.get("function")
+    inner = inner if isinstance(inner, dict) else tool
+    kind = wire_type if wire_type in ("function", "custom") else "server"
+    schema, strict, grammar = inner.get("parameters"), inner.get("strict"), inner.get("format")
+    if isinstance(grammar, dict) and isinstance(grammar.get("grammar"), dict):
+        grammar = {"type": "grammar", **grammar["grammar"]}
+    return Tool((text_or_none(inner.get("name")) if kind != "server" else None) or wire_type, text_or_none(inner.get("description")),
+                schema if isinstance(schema, dict) else None, kind, strict=strict if isinstance(strict, bool) else None,
+                grammar=grammar if isinstance(grammar, dict) else None)
+
+
+def chat_wire_tool(tool: Tool) -> Optional[Json]:
+    """{"type":"function","function":{"name","description","parameters","strict"}} | {"type":"custom","custom":{"name","format"}}"""
+    if tool.kind == "server":
+        return None
+    said: Json = {"name": tool.name, "description": tool.description}
+    if tool.kind == "custom":
+        grammar = {name: value for name, value in (tool.grammar or {}).items() if name != "type"}
+        said["format"] = {"type": "grammar", "grammar": grammar} if name_in(tool.grammar, "type") == "grammar" else tool.grammar
+    else:
+        said["parameters"] = {"type": "object", "properties": {}} if tool.schema is None else tool.schema
+        said["strict"] = tool.strict
+    kind = "custom" if tool.kind == "custom" else "function"
+    return {"type": kind, kind: {name: value for name, value in said.items() if value is not None}}
+
+
+def chat_choice(value: Any) -> Optional[ToolChoice]:
+    """"auto"|"none"|"required" | {"type":"function","function":{"name"}} | {"type":"allowed_tools","allowed_tools":{"mode","tools"}};
+    old clients: {"name"}"""
+    if isinstance(value, str):
+        return ToolChoice(value) if value in ("auto", "none", "required") else None
+    kind = name_in(value, "type") or "function"
+    inner = value.get(kind) if isinstance(value, dict) else None
+    inner = inner if isinstance(inner, dict) else value
+    if kind == "allowed_tools":
+        allowed, forced = inner.get("tools"), inner.get("mode") == "required"
+        only = allowed[0] if forced and isinstance(allowed, list) and len(allowed) == 1 else None
+        named = chat_choice(only) if name_in(only, "type") in ("function", "custom") else None
+        return named or ToolChoice("required" if forced else "auto")
+    name = name_in(inner, "name")
+    return ToolChoice("tool", name, None, kind) if name and kind in ("function", "custom") else None
+
+
+def chat_wire_choice(choice: ToolChoice) -> Any:
+    """The wire form of a choice; what is no function cannot be forced."""
+    if choice.mode != "tool":
+        return choice.mode
+    if choice.kind == "server" or not choice.name:
+        return "auto"
+    kind = "custom" if choice.kind == "custom" else "function"
+    return {"type": kind, kind: {"name": choice.name}}
+
+
+def chat_number(body: Json, name: str) -> Optional[float]:
+    """The number under `name`, None when absent or null."""
+    value = body.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise wrong_type(name, "a number", value)
+    return value
+
+
+def chat_stop(value: Any) -> Optional[List[str]]:
+    """`stop`: a string or a list of them."""
+    if value is None or isinstance(value, str):
+        return None if value is None else [value]
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise wrong_type("stop", "a string or a list of strings", value)
+    return value
+
+
+def chat_reasoning(body: Json) -> Optional[Reasoning]:
+    """`reasoning_effort`, and Copilot's `thinking_budget` in tokens, 0 for none."""
+    effort, budget = text_or_none(body.get("reasoning_effort")), want_count(body, "thinking_budget")
+    if effort is None and budget is None:
+        return None
+    return Reasoning(None if budget is None else "on" if budget else "off", effort, budget or None)
+
+
+def chat_output(given: Any) -> Optional[OutputFormat]:
+    """{"type":"json_schema","json_schema":{"name","schema","strict","description"}} | {"type":"json_object"}"""
+    kind, inner = name_in(given, "type"), given.get("json_schema") if isinstance(given, dict) else None
+    if kind == "json_object":
+        return OutputFormat()
+    if kind != "json_schema" or not isinstance(inner, dict):
+        return None
+    schema, strict = inner.get("schema"), inner.get("strict")
+    return OutputFormat(schema if isinstance(schema, dict) else {}, text_or_none(inner.get("name")),
+                        strict if isinstance(strict, bool) else None, text_or_none(inner.get("description")))
+
+
+def chat_wire_output(output: OutputFormat) -> Json:
+    """The wire form of the structure wanted; a schema must have a name."""
+    if output.schema is None:
+        return {"type": "json_object"}
+    said = {"name": output.name or "output", "schema": output.schema, "strict": output.strict, "description": output.description}
+    return {"type": "json_schema", "json_schema": {name: value for name, value in said.items() if value is not None}}
+
+
+def chat_options(request: Request) -> Json:
+    """A request's fields but its model and its messages. What Copilot calls `max_tokens` other models call otherwise: Quirks."""
+    tools = [wire for wire in map(chat_wire_tool, request.tools) if wire is not None]
+    thinks = request.reasoning or Reasoning()
+    said = {
+        "tools": tools or None, "tool_choice": chat_wire_choice(request.tool_choice) if tools and request.tool_choice else None,
+        "parallel_tool_calls": request.parallel_tools if tools else None, "max_tokens": request.max_tokens, "stop": request.stop,
+        "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty, "logprobs": None if request.logprobs is None else True,
+        "top_logprobs": request.logprobs or None, "thinking_budget": thinks.budget,
+        "reasoning_effort": "none" if thinks.effort is None and thinks.mode == "off" else thinks.effort,
+        "response_format": None if request.output is None else chat_wire_output(request.output), "verbosity": request.verbosity,
+        "user": request.user, "metadata": request.metadata, "prompt_cache_key": request.cache_key}
+    return {**chat_passed(request.extra or {}), **{name: value for name, value in said.items() if value is not None}}
+
+
+def chat_passed(extra: Json) -> Json:
+    """Those of the fields without a word in the hub that this dialect knows."""
+    passed: Json = {}
+    for name, wanted in CHAT_PASSED:
+        value = extra.get(name)
+        values = isinstance(wanted, tuple) and isinstance(wanted[0], str)
+        if value is not None and (value in wanted if values else isinstance(value, wanted)):
+            passed[name] = value
+    return passed
+
+
+def chat_asked_usage(asked: Optional[Request]) -> bool:
+    """Whether the stream ends in a usage chunk: where the client asked for one, or nobody knows."""
+    options = None if asked is None else (asked.extra or {}).get("stream_options")
+    return asked is None or isinstance(options, dict) and options.get("include_usage") is True
 
 
 def chat_usage(usage: Any, body: Json) -> Optional[Usage]:
@@ -1400,6 +2477,470 @@ def chat_usage(usage: Any, body: Json) -> Optional[Usage]:
                  billed_nano=billed_nano(body))
 
 
+def chat_wire_usage(usage: Usage) -> Json:
+    """{"prompt_tokens","completion_tokens","total_tokens","prompt_tokens_details":{…},"completion_tokens_details":{…}}"""
+    return {"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.total,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+
+
+def chat_notes(given: Any) -> List[Json]:
+    """Annotations as the hub's flat citations: {"type":"url_citation","url","title","start_index","end_index"}."""
+    given = [note for note in given if isinstance(note, dict)] if isinstance(given, list) else []
+    return [{"type": "url_citation", **note["url_citation"]} if isinstance(note.get("url_citation"), dict) else note for note in given]
+
+
+def chat_wire_notes(text: Text, length: int, start: int) -> List[Json]:
+    """A text's citations that name a URL, as annotations; they count from the start of the message."""
+    notes: List[Json] = []
+    for note in text.citations or ():
+        if not name_in(note, "url"):
+            continue
+        own = name_in(note, "type") == "url_citation"
+        cited = {name: value for name, value in note.items() if name != "type"} if own else \
+            {"url": note["url"], "title": name_in(note, "title"), "start_index": 0, "end_index": length}
+        for name in ("start_index", "end_index"):
+            if start and type(cited.get(name)) is int:
+                cited[name] += start
+        notes.append({"type": "url_citation", "url_citation": cited})
+    return notes
+
+
+# ---- reading a stream -------------------------------------------------------
+
+
+class ChatPart:
+    """An open text, refusal or thinking of a stream being read."""
+
+    __slots__ = ("index", "block", "sealed", "notes", "logprobs")
+
+    def __init__(self, index: int, block: Block) -> None:
+        self.index = index
+        self.block = block
+        self.sealed: List[str] = []
+        self.notes: List[Json] = []
+        self.logprobs: List[Json] = []
+
+    def final(self) -> Optional[Block]:
+        """Its final form, without its text; None where nothing came but text."""
+        if self.sealed:
+            return Thinking(signature="".join(self.sealed))
+        if isinstance(self.block, Text) and (self.notes or self.logprobs):
+            return Text("", self.notes or None, extra={"logprobs": self.logprobs} if self.logprobs else None)
+        return None
+
+
+class ChatCall:
+    """A call of a stream being read. It opens (gets an index) once its id and its name are known."""
+
+    __slots__ = ("index", "id", "name", "kind", "held")
+
+    def __init__(self) -> None:
+        self.index: Optional[int] = None
+        self.id = ""
+        self.name = ""
+        self.kind = "function"
+        self.held: List[str] = []
+
+
+class ChatReader:
+    """Reads one stream: frames in, the hub's events out.
+
+    Text, refusal and thinking stream one at a time and close when something else opens; calls stay open to the end,
+    as their deltas may interleave. All choices are one answer: Copilot splits Claude's (copilot-upstream 5.3), and we
+    never ask for two. Opaque reasoning that comes while text streams waits for its end, in a thinking of its own.
+    """
+
+    LEARNINGS = 8  # tries in a row to learn a skeleton that no frame has fitted: more would cost more than it gains
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._events: List[Event] = []
+        self._id = self._model = ""
+        self._created = 0
+        self._started = False
+        self._count = 0
+        self._part: Optional[ChatPart] = None
+        self._late: List[str] = []  # opaque values that came while text streamed
+        self._late_open = False  # the last of them may go on
+        self._calls: List[ChatCall] = []
+        self._places: Dict[Any, ChatCall] = {}
+        self._finish: Optional[str] = None
+        self._usage: Optional[Usage] = None
+        self._billed: Optional[int] = None
+        self._skeleton: Optional[Tuple[str, str, int]] = None  # before and behind the text of the last delta, its block
+        self._learnings = 0
+
+    def read(self, frames: Iterable[Frame]) -> List[Event]:
+        """The events of one batch of frames. What is no JSON object is passed over, as VS Code does."""
+        events: List[Event] = []
+        self._events = events
+        for frame in frames:
+            if self.ended:
+                break
+            delta = self._fitting(frame.data) if self._skeleton is not None else None
+            if delta is not None:
+                events.append(delta)
+                continue
+            chunk = load_object(frame.data)
+            if chunk is not None:
+                before = len(events)
+                self.take(chunk)
+                if len(events) == before + 1 and type(events[-1]) is BlockDelta:
+                    self._learn(frame.data, chunk, events[-1])
+            elif frame.data.strip() == "[DONE]":
+                self.done()
+        return events
+
+    # Half of the time goes into parsing chunks that differ in one text only. If a frame was nothing but one delta, any other
+    # with the same characters before and behind its text is the same JSON with another text (speed.md 3.4).
+
+    def _fitting(self, data: str) -> Optional[BlockDelta]:
+        """The delta of a frame that fits the skeleton."""
+        head, tail, index = self._skeleton or ("", "", 0)
+        if not (data.startswith(head) and data.endswith(tail)):
+            return None
+        try:
+            text, end = json.decoder.scanstring(data, len(head))
+        except ValueError:
+            return None
+        if not text or end - 1 + len(tail) != len(data):
+            return None
+        self._learnings = 0
+        return BlockDelta(index, text)
+
+    def _learn(self, data: str, chunk: Json, delta: Any) -> None:
+        """Keeps a frame that said one text as a skeleton, if a probe in place of the text changes nothing else."""
+        self._skeleton = None
+        choice = chunk["choices"][0] if len(chunk["choices"]) == 1 else {}
+        said = [name for name, value in choice.get("delta", {}).items() if value and name != "role"]
+        if self._learnings >= self.LEARNINGS or len(said) != 1 or choice.get("logprobs"):
+            return
+        self._learnings += 1
+        name, holder = said[0], choice["delta"]
+        if name == "tool_calls" and len(holder[name]) == 1 and "custom" not in holder[name][0]:
+            name, holder = "arguments", holder[name][0].get("function")
+        found = CHAT_STREAMED[name].search(data) if name in CHAT_STREAMED and holder.get(name) == delta.text else None
+        if found is not None:
+            head, tail = data[:found.end()], data[json.decoder.scanstring(data, found.end())[1] - 1:]
+            holder[name] = "?"
+            self._skeleton = (head, tail, delta.index) if load_object(f"{head}?{tail}") == chunk else None
+
+    # -- the answer --
+
+    def take(self, chunk: Json) -> List[Event]:
+        """The events so far, those of one more chunk among them."""
+        before, choices = len(self._events), chunk.get("choices")
+        if chunk.get("error") and not choices:
+            return self._end(Fault(stream_failure(chunk)))
+        self._identify(chunk)
+        for at, choice in enumerate(choices if isinstance(choices, list) else ()):
+            if isinstance(choice, dict):
+                self._choice(choice, at)
+        if len(self._events) == before:
+            self._events.append(Pulse())
+        return self._events
+
+    def _identify(self, chunk: Json) -> None:
+        """Id, model and usage, which may come late, in pieces, or again and again (Gemini, with zeros until the end)."""
+        if not self._started:
+            self._id = self._id or text_or_none(chunk.get("id")) or ""
+            self._model = self._model or text_or_none(chunk.get("model")) or ""
+            self._created = self._created or count_or_zero(chunk, "created")
+            if self._id and self._model:
+                self._start()
+        if chunk.get("usage"):
+            usage = chat_usage(chunk["usage"], {})
+            self._usage = usage if usage is not None and (usage.total or self._usage is None) else self._usage
+        if "copilot_usage" in chunk:
+            self._billed = billed_nano(chunk) or self._billed
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._events.append(ReplyStart(self._id, self._model, self._created))
+
+    def end(self) -> List[Event]:
+        """What is left at the end of the input: the stop, if upstream said why; a cut is not ours to mend."""
+        self._events = []
+        return self.done() if self._finish else []
+
+    def done(self) -> List[Event]:
+        """The events so far, and those of an answer that is complete, if there is one."""
+        if self.ended or not (self._finish or self._started):
+            self.ended = True
+            return self._events
+        self._leave()
+        for call in self._calls:
+            if call.index is None and (call.id or call.name or call.held):
+                self._open_call(call)
+            if call.index is not None:
+                self._events.append(BlockStop(call.index))
+        word = stop_meaning(CHAT, self._finish)
+        called = any(call.index is not None for call in self._calls)
+        usage = self._usage
+        if self._billed is not None:
+            usage = replace(usage or Usage(), billed_nano=self._billed)
+        self._start()
+        return self._end(ReplyStop("tool" if word == "end" and called else word, usage))
+
+    def _end(self, event: Event) -> List[Event]:
+        self.ended = True
+        self._events.append(event)
+        return self._events
+
+    # -- choices --
+
+    def _choice(self, choice: Json, at: int) -> None:
+        """One choice of a chunk: within a delta thinking comes before words, words before calls."""
+        delta = choice.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        thought, opaque, content = chat_thought(delta), delta.get("reasoning_opaque"), delta.get("content")
+        if thought:
+            self._say(Thinking, thought)
+        if opaque and type(opaque) is str:
+            self._seal(opaque)
+        if content:
+            text = content if type(content) is str else "".join(name_in(part, "text") for part in content) if type(content) is list else ""
+            if text:
+                self._say(Text, text)
+        self._beside(choice, delta)
+        refusal = delta.get("refusal")
+        if refusal and type(refusal) is str:
+            self._say(Refusal, refusal)
+        calls, old = delta.get("tool_calls"), delta.get("function_call")
+        for position, call in enumerate(calls if type(calls) is list else ()):
+            if isinstance(call, dict):
+                self._call(call, choice.get("index", at), position)
+        if isinstance(old, dict):
+            self._call({"index": -1, "function": old}, 0, 0)
+        self._finish = text_or_none(choice.get("finish_reason")) or self._finish
+
+    def _beside(self, choice: Json, delta: Json) -> None:
+        """What belongs to the text that streams: annotations, logprobs."""
+        logprobs, part = choice.get("logprobs"), self._part
+        if part is not None:
+            if delta.get("annotations"):
+                part.notes += chat_notes(delta["annotations"])
+            if logprobs and isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+                part.logprobs += logprobs["content"]
+
+    def _say(self, kind: Any, text: str) -> None:
+        part, self._late_open = self._part, False
+        if part is None or type(part.block) is not kind:
+            part = self._open(kind(text=""))
+        self._events.append(BlockDelta(part.index, text))
+
+    def _seal(self, opaque: str) -> None:
+        """Opaque state belongs to the thinking that is open, or to one without text. One value may come in pieces."""
+        if self._part is None or isinstance(self._part.block, Thinking):
+            (self._part or self._open(Thinking())).sealed.append(opaque)
+        elif self._late_open:
+            self._late[-1] += opaque
+        else:
+            self._late.append(opaque)
+        self._late_open, self._skeleton = True, None
+
+    def _open(self, block: Block) -> ChatPart:
+        self._leave()
+        self._start()
+        part = self._part = ChatPart(self._count, block)
+        self._count += 1
+        self._events.append(BlockStart(part.index, block))
+        return part
+
+    def _leave(self) -> None:
+        """Nothing more joins the part that streams."""
+        part, self._part, self._skeleton = self._part, None, None
+        if part is not None:
+            self._events.append(BlockStop(part.index, part.final()))
+        late, self._late = self._late, []
+        for opaque in late:
+            self._open(Thinking()).sealed.append(opaque)
+            self._leave()
+
+    # -- calls --
+
+    def _call(self, wire: Json, choice: Any, position: int) -> None:
+        kind, inner = chat_called(wire)
+        call = self._called(wire, inner, choice, position)
+        if kind == "custom":
+            call.kind = kind
+        arguments = chat_arguments(inner.get("input" if kind == "custom" else "arguments"))
+        if call.index is not None:
+            if arguments:
+                self._events.append(BlockDelta(call.index, arguments))
+            return
+        call.id = call.id or text_or_none(wire.get("id")) or ""
+        call.name = call.name or name_in(inner, "name")
+        if arguments:
+            call.held.append(arguments)
+        if call.id and call.name:
+            self._open_call(call)
+
+    def _called(self, wire: Json, inner: Json, choice: Any, position: int) -> ChatCall:
+        """The call an entry is about: by `index`, else by id, else a new one if it has a name, else the newest.
+        Another id under the same index is another call."""
+        index, call_id = wire.get("index"), text_or_none(wire.get("id")) or ""
+        if type(index) is int:
+            place: Any = (choice if type(choice) is int else 0, index)
+        elif call_id or name_in(inner, "name") or not self._calls:
+            place = call_id or (position, len(self._calls))
+        else:
+            return self._calls[-1]
+        call = self._places.get(place)
+        if call is None or call_id and call.id and call_id != call.id:
+            call = self._places[place] = ChatCall()
+            self._calls.append(call)
+            self._skeleton = None
+        return call
+
+    def _open_call(self, call: ChatCall) -> None:
+        """Opens a call; one that never got an id or a name has one made from the answer's id and its place."""
+        self._leave()
+        self._start()
+        call.index, self._count = self._count, self._count + 1
+        call_id = call.id or f"call_{hashlib.sha256(self._id.encode('utf-8', 'replace')).hexdigest()[:20]}{call.index:04x}"
+        self._events.append(BlockStart(call.index, ToolCall(call_id, call.name or "tool", "", call.kind)))
+        self._events.extend([BlockDelta(call.index, text) for text in call.held])
+
+
+# ---- writing a stream -------------------------------------------------------
+
+
+class ChatBlock:
+    """An open block of a stream being written: its delta frames are `head`, the text, `tail`; `again` in between where the
+    text is said twice."""
+
+    __slots__ = ("block", "head", "again", "tail", "length")
+
+    def __init__(self, block: Block, head: str, tail: str, again: Optional[str] = None) -> None:
+        self.block = block
+        self.head = head
+        self.again = again
+        self.tail = tail
+        self.length = 0  # characters so far
+
+
+class ChatWriter:
+    """Writes one stream: lawful events in, frames out. What clients read as thinking is `reasoning_content` for most,
+    `reasoning_text` for Copilot's own: both are written."""
+
+    def __init__(self, asked: Optional[Request]) -> None:
+        self._frames: List[Frame] = []
+        self._about: Json = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": asked.model if asked else ""}
+        self._head = self._tail = ""
+        self._open: Dict[int, ChatBlock] = {}
+        self._calls = 0
+        self._length = 0  # characters of the message's content before the open text
+        self._thought = False
+        self._sealed = False
+        self._usage: Optional[Usage] = None
+        self._usage_asked = chat_asked_usage(asked)
+        self._actions: Dict[Any, Callable[[Any], None]] = {
+            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+
+    def write(self, events: Sequence[Event]) -> List[Frame]:
+        """The frames of one list of events."""
+        self._frames = []
+        if events and type(events[-1]) is Fault:  # what it closed is not whole
+            events = [event for event in events if type(event) is not BlockStop]
+        for event in events:
+            self._actions[type(event)](event)
+        return self._frames
+
+    def _send(self, delta: Json, finish: Optional[str] = None, logprobs: Optional[Json] = None) -> None:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        self._frames.append(Frame(None, dump_json({**self._about, "choices": [choice]}).decode()))
+
+    # -- the answer --
+
+    def _start(self, event: ReplyStart) -> None:
+        self._usage = event.usage
+        self._about.update(chat_identity(event.id, event.created_at, event.model or self._about["model"]))
+        self._head = dump_json(self._about).decode()[:-1] + ',"choices":[{"index":0,"delta":'
+        self._tail = '},"logprobs":null,"finish_reason":null}]}'
+        self._send({"role": "assistant", "content": ""})
+
+    def _stop(self, event: ReplyStop) -> None:
+        self._send({}, stop_word(CHAT, event.reason))
+        if self._usage_asked:
+            usage = chat_wire_usage(event.usage or self._usage or Usage())
+            self._frames.append(Frame(None, dump_json({**self._about, "choices": [], "usage": usage}).decode()))
+        self._frames.append(Frame(None, "[DONE]"))
+
+    def _fault(self, event: Fault) -> None:
+        self._frames.append(Frame(None, dump_json(openai_error(UpstreamError(event.failure))).decode()))
+        self._frames.append(Frame(None, "[DONE]"))
+
+    # -- blocks --
+
+    def _block_start(self, event: BlockStart) -> None:
+        block = event.block
+        self._seal(block)
+        if isinstance(block, (Text, Refusal)):
+            name = "content" if isinstance(block, Text) else "refusal"
+            self._open[event.index] = ChatBlock(block, f'{self._head}{{"{name}":', self._tail)
+        elif isinstance(block, Thinking):
+            self._open[event.index] = ChatBlock(block, self._head + '{"reasoning_content":', self._tail, ',"reasoning_text":')
+        elif isinstance(block, ToolCall):
+            self._open[event.index] = self._call(block)
+
+    def _call(self, call: ToolCall) -> ChatBlock:
+        """Announces a call. Its deltas are known by their index among the calls."""
+        at, self._calls = self._calls, self._calls + 1
+        kind, name = ("custom", "input") if call.kind == "custom" else ("function", "arguments")
+        self._send({"tool_calls": [{"index": at, "id": call.id, "type": kind, kind: {"name": call.name, name: ""}}]})
+        return ChatBlock(call, f'{self._head}{{"tool_calls":[{{"index":{at},"{kind}":{{"{name}":', "}}]" + self._tail)
+
+    def _delta(self, event: BlockDelta) -> None:
+        opened = self._open.get(event.index)
+        if opened is None or not event.text:
+            return
+        text = encode_basestring_ascii(event.text)
+        if opened.again is not None:
+            if not opened.length and self._thought:  # a blank line parts it from the thought before
+                text = f'"\\n\\n{text[1:]}'
+            self._thought = True
+            text = f"{text}{opened.again}{text}"
+        opened.length += len(event.text)
+        self._frames.append(Frame(None, f"{opened.head}{text}{opened.tail}"))
+
+    def _block_stop(self, event: BlockStop) -> None:
+        opened, final = self._open.get(event.index), event.block
+        if opened is not None:
+            said = "" if final is None else main_text(final) or ""
+            if isinstance(opened.block, ToolCall) and opened.block.kind != "custom":
+                said = said or "{}"
+            if said and not opened.length:
+                self._delta(BlockDelta(event.index, said))
+            if isinstance(opened.block, Text):
+                self._text_done(final if isinstance(final, Text) else opened.block, opened.length)
+            del self._open[event.index]
+        if final is not None:
+            self._seal(final)
+
+    def _text_done(self, text: Text, length: int) -> None:
+        """What only a text's end tells."""
+        notes, logprobs = chat_wire_notes(text, length, self._length), (text.extra or {}).get("logprobs")
+        self._length += length
+        if notes or logprobs:
+            self._send({"annotations": notes} if notes else {}, None, {"content": logprobs, "refusal": None} if logprobs else None)
+
+    def _seal(self, block: Block) -> None:
+        opaque = None if self._sealed else chat_sealed(block)
+        if opaque:
+            self._sealed = True
+            self._send({"reasoning_opaque": opaque})
+
+
+def chat_identity(reply_id: str, created: int, model: str) -> Json:
+    """{"id","created","model"} of an answer; an id that nobody gave is made."""
+    return {"id": reply_id or f"chatcmpl-{hashlib.sha256(model.encode('utf-8', 'replace')).hexdigest()[:24]}",
+            "created": created, "model": model}
+
+
 class ChatCodec(Codec):
     """Chat Completions; see the samples at the top of the room."""
 
@@ -1410,15 +2951,78 @@ class ChatCodec(Codec):
         messages = want_list(body, "messages")
         if not messages:
             raise ClientError("no messages found: `messages` must hold at least one message", param="messages")
-        stop = body.get("stop")
+        chosen = body.get("tool_choice") if body.get("tool_choice") is not None else body.get("function_call")
+        extra = {name: value for name, value in body.items() if name not in CHAT_READ and value is not None}
         return Request(
-            model=want_model(body), stream=want_flag(body, "stream"),
-            messages=[chat_message(want_object(message, f"messages.{at}"), f"messages.{at}")
-                      for at, message in enumerate(messages)],
-            tools=[chat_tool(tool) for tool in want_list(body, "tools")], tool_choice=body.get("tool_choice"),
-            max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
-            stop=[stop] if isinstance(stop, str) else stop,
-            cache_key=text_or_none(body.get("prompt_cache_key")))
+            model=want_model(body), messages=canonical(chat_message(want_object(message, f"messages.{at}"), f"messages.{at}")
+                                                       for at, message in enumerate(messages)),
+            tools=[chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], tool_choice=chat_choice(chosen),
+            parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
+            stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
+            stop=chat_stop(body.get("stop")), temperature=chat_number(body, "temperature"), top_p=chat_number(body, "top_p"),
+            top_k=want_count(body, "top_k"), seed=want_count(body, "seed"), presence_penalty=chat_number(body, "presence_penalty"),
+            frequency_penalty=chat_number(body, "frequency_penalty"),
+            logprobs=want_count(body, "top_logprobs") or 0 if want_flag(body, "logprobs") else None,
+            reasoning=chat_reasoning(body), output=chat_output(body.get("response_format")),
+            verbosity=text_or_none(body.get("verbosity")), user=text_or_none(body.get("user")),
+            metadata=None if body.get("metadata") is None else want_object(body["metadata"], "metadata"),
+            cache_key=text_or_none(body.get("prompt_cache_key")), extra=extra or None)
+
+    def encode_request(self, request: Request) -> Json:
+        """The body of a request. In streams usage is always asked for."""
+        streams = {"stream": True, "stream_options": {"include_usage": True}} if request.stream else {"stream": False}
+        messages = [wire for message in request.messages for wire in chat_wire_messages(message)]
+        return {"model": request.model, "messages": messages, **chat_options(request), **streams}
+
+    def decode_reply(self, body: Json) -> Reply:
+        """The whole answer, read as a stream of one chunk; raises UpstreamError for one that failed."""
+        choices: List[Json] = []
+        thought, reader = False, ChatReader()
+        for choice in body["choices"] if isinstance(body.get("choices"), list) else ():
+            message = choice.get("message") if isinstance(choice, dict) else None
+            if isinstance(message, dict):
+                calls = message.get("tool_calls")
+                numbered = [{**call, "index": at} for at, call in enumerate(calls) if isinstance(call, dict)] if isinstance(calls, list) else None
+                # A split answer repeats its thinking: the first pair counts.
+                said = {name: value for name, value in message.items() if not (thought and name in CHAT_THOUGHTS + ("reasoning_opaque",))}
+                thought = thought or bool(chat_thought(message) or message.get("reasoning_opaque"))
+                choice = {**choice, "index": len(choices), "delta": {**said, "tool_calls": numbered}}
+            choices.append(choice)
+        reader.take({**body, "choices": choices})
+        return collect([reader.done()])
+
+    def encode_reply(self, reply: Reply, asked: Optional[Request] = None) -> Json:
+        """The completion object of an answer."""
+        content, notes, logprobs = "", [], []
+        for text in (block for block in reply.content if isinstance(block, Text)):
+            notes += chat_wire_notes(text, len(text.text), len(content))
+            logprobs += (text.extra or {}).get("logprobs") or []
+            content += text.text
+        refusals = [block.text for block in reply.content if isinstance(block, Refusal)]
+        calls = [chat_wire_call(block) for block in reply.content if isinstance(block, ToolCall)]
+        thoughts = chat_wire_thoughts(reply.content)
+        message = {"role": "assistant", "content": content if content or not (calls or refusals) else None, "refusal": "".join(refusals) or None,
+                   **({"reasoning_content": thoughts["reasoning_text"]} if "reasoning_text" in thoughts else {}), **thoughts,
+                   **({"annotations": notes} if notes else {}), **({"tool_calls": calls} if calls else {})}
+        choice = {"index": 0, "message": message, "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
+                  "finish_reason": stop_word(CHAT, reply.stop_reason)}
+        identity = chat_identity(reply.id, reply.created_at, reply.model or (asked.model if asked else ""))
+        return {"id": identity["id"], "object": "chat.completion", "created": identity["created"], "model": identity["model"],
+                "choices": [choice], "usage": chat_wire_usage(reply.usage or Usage())}
+
+    def decode_stream(self, batches: Iterable[List[Frame]]) -> Iterator[List[Event]]:
+        reader = ChatReader()
+        for frames in batches:
+            yield reader.read(frames)
+        rest = reader.end()
+        if rest:
+            yield rest
+
+    def encode_stream(self, batches: Iterable[List[Event]], asked: Optional[Request] = None) -> Iterator[List[Frame]]:
+        """The frames of a stream; with a usage chunk if `asked` asks for one."""
+        writer = ChatWriter(asked)
+        for events in batches:
+            yield writer.write(events)
 
     def decode_usage(self, body: Json) -> Optional[Usage]:
         return chat_usage(body.get("usage"), body)
@@ -1530,22 +3134,78 @@ def with_chunk_id(frame: bytes, chunk: Json, wanted: str) -> bytes:
 ###############################################################################
 #                              OpenAI Responses                               #
 ###############################################################################
-# POST /v1/responses. API reference "Responses", "Streaming events", 2026-09.
+# POST /v1/responses. API reference "Responses", "Streaming events", 2026-09; what Copilot makes of it:
+# copilot-upstream 6.
 #
 #   {"model","instructions","input":"…"|[{"role":"user","content":[{"type":"input_text","text"}]},
 #     {"type":"function_call","call_id","name","arguments"},{"type":"function_call_output","call_id","output"},
-#     {"type":"reasoning","id","summary":[{"type":"summary_text","text"}],"encrypted_content"}],"tools":[{"type":"function",…}]}
-#   event: response.created / response.output_text.delta / … / response.completed, each {"type","sequence_number",…}
+#     {"type":"reasoning","id","summary":[{"type":"summary_text","text"}],"encrypted_content"}],"tools":[{"type":"function",…}],
+#    "reasoning":{"effort","summary"},"text":{"format":{"type":"json_schema","name","schema"},"verbosity"},"max_output_tokens"}
+#   {"id","object":"response","created_at","status":"completed","model","output":[{"type":"message","id","role":"assistant",
+#     "content":[{"type":"output_text","text","annotations":[]}]}],"usage":{"input_tokens","output_tokens",…}}
+#   event: response.created            {"type","sequence_number","response":{…}}
+#   event: response.output_item.added  {"type","sequence_number","output_index":0,"item":{"id","type":"message","content":[],…}}
+#   event: response.output_text.delta  {"type","sequence_number","output_index":0,"content_index":0,"item_id","delta"}
+#   event: response.output_item.done   {"type","sequence_number","output_index":0,"item":{…}}
+#   event: response.completed          {"type","sequence_number","response":{…,"usage":{…}}}
+#
+# A message item holds parts, every part is a block; each other item is one block. Ids of items mean nothing (Copilot
+# gives one item up to four), `output_index` does.
 
+RESPONSES_ROLES = frozenset(("system", "developer", "user", "assistant"))
+RESPONSES_TERMINALS = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
 RESPONSES_TEXT_PARTS = frozenset(("input_text", "output_text", "text", "summary_text", "reasoning_text"))
 # item type -> (kind of the call, field that holds its arguments)
 RESPONSES_CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input"),
                    "tool_search_call": ("search", "arguments"), "local_shell_call": ("server", "action")}
 RESPONSES_RESULTS = {"function_call_output": "function", "custom_tool_call_output": "custom",
                      "tool_search_output": "search", "local_shell_call_output": "server"}
-RESPONSES_ROLES = frozenset(("system", "developer", "user", "assistant"))
-RESPONSES_TERMINALS = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
-SEQUENCE_NUMBER = re.compile(rb'"sequence_number"\s*:\s*(\d{1,15})')
+RESPONSES_CALL_ITEMS = {kind: (item, field_name) for item, (kind, field_name) in RESPONSES_CALLS.items()}
+RESPONSES_RESULT_ITEMS = {kind: item for item, kind in RESPONSES_RESULTS.items()}
+RESPONSES_TOOL_TYPES = {"function": "function", "custom": "custom", "search": "tool_search"}
+RESPONSES_SERVER_TOOLS = frozenset((
+    "web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11", "file_search",
+    "code_interpreter", "image_generation", "mcp", "computer", "computer_use_preview", "local_shell", "shell",
+    "apply_patch", "tool_search", "programmatic_tool_calling"))
+# fields of a tool that only this dialect knows
+RESPONSES_TOOL_FIELDS = frozenset((
+    "output_schema", "environment", "external_web_access", "search_content_types", "search_context_size", "user_location",
+    "filters", "vector_store_ids", "max_num_results", "ranking_options", "container", "server_label", "server_url",
+    "server_description", "connector_id", "authorization", "headers", "allowed_tools", "require_approval", "display_width",
+    "display_height", "action", "background", "input_fidelity", "input_image_mask", "model", "moderation",
+    "output_compression", "output_format", "partial_images", "quality", "size"))
+# Items and content parts without a place in the hub that are written back as they came. Their ids are not, but for
+# those that name something or are bound to a fingerprint (copilot-upstream 6.4).
+RESPONSES_OPAQUE = frozenset((
+    "compaction_trigger", "item_reference", "web_search_call", "file_search_call", "computer_call", "computer_call_output",
+    "code_interpreter_call", "image_generation_call", "mcp_call", "mcp_list_tools", "mcp_approval_request",
+    "mcp_approval_response", "shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "program",
+    "program_output", "agent_message", "configuration_update", "tool_search_call", "tool_search_output"))
+RESPONSES_OPAQUE_PARTS = frozenset(("input_audio",))
+RESPONSES_BOUND_IDS = frozenset(("item_reference", "program", "program_output", "agent_message"))
+# Prefixes of ids we make (copilot-upstream 6.4).
+RESPONSES_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc", "compaction": "cmp",
+                      "web_search_call": "ws", "tool_search_call": "tsc", "tool_search_output": "tso", "program": "cm",
+                      "program_output": "cmo", "agent_message": "amsg", "shell_call": "sh", "shell_call_output": "sho",
+                      "apply_patch_call": "apc", "local_shell_call": "lsh"}
+RESPONSES_ANNOTATIONS = frozenset(("file_citation", "url_citation", "container_file_citation", "file_path"))
+# Top-level fields that only this dialect knows, with the type (or values) that tells them from another dialect's of
+# that name: Messages has a `context_management`, too.
+RESPONSES_PASSED: Tuple[Tuple[str, Any], ...] = (
+    ("truncation", str), ("safety_identifier", str), ("prompt_cache_retention", str), ("previous_response_id", str),
+    ("max_tool_calls", int), ("background", bool), ("context_management", list), ("prompt", dict), ("moderation", dict),
+    ("prompt_cache_options", dict), ("conversation", (str, dict)),
+    ("service_tier", ("auto", "default", "flex", "scale", "priority")))
+# Top-level fields that become words of the hub (or, `store`, are ours alone to say).
+RESPONSES_READ = frozenset((
+    "model", "input", "instructions", "tools", "tool_choice", "parallel_tool_calls", "stream", "max_output_tokens", "temperature",
+    "top_p", "top_logprobs", "reasoning", "text", "user", "metadata", "prompt_cache_key", "include", "store"))
+ENCRYPTED_REASONING, TEXT_LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
+# The least `max_output_tokens` upstream takes (copilot-upstream 6.1).
+RESPONSES_LEAST_OUTPUT = 16
+
+# ---- content parts ----------------------------------------------------------
 
 
 def responses_part(part: Any) -> Block:
@@ -1554,17 +3214,20 @@ def responses_part(part: Any) -> Block:
         return Text(part)
     kind = name_in(part, "type")
     if kind in RESPONSES_TEXT_PARTS and isinstance(part.get("text"), str):
-        return Text(part["text"], citations=part.get("annotations") or None)
+        logprobs, notes = part.get("logprobs"), part.get("annotations")
+        return Text(part["text"], citations=notes if notes and isinstance(notes, list) else None,
+                    extra={"logprobs": logprobs} if logprobs and isinstance(logprobs, list) else None)
     if kind == "input_image":
         image = image_of_url(part.get("image_url"), part.get("detail"))
         image.file_id = text_or_none(part.get("file_id"))
         return image
     if kind == "input_file":
-        media_type, data = split_data_url(text_or_none(part.get("file_data")) or "")
-        return File(media_type=media_type, data=data, url=text_or_none(part.get("file_url")),
+        given = text_or_none(part.get("file_data"))
+        media_type, data = split_data_url(given) if given else (None, None)
+        return File(media_type=media_type, data=given if data is None else data, url=text_or_none(part.get("file_url")),
                     file_id=text_or_none(part.get("file_id")), name=text_or_none(part.get("filename")))
     if kind == "refusal":
-        return Refusal(str(part.get("refusal")))
+        return Refusal(text_or_none(part.get("refusal")) or "")
     return Opaque(kind, part)
 
 
@@ -1579,48 +3242,451 @@ def responses_content(content: Any, path: str) -> List[Block]:
     return [responses_part(part) for part in content]
 
 
+def responses_input_part(block: Block) -> Optional[Json]:
+    """What a user, a system prompt or a tool says, as a part; None for what is no part."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "input_text", "text": block.text}
+    if isinstance(block, Image):
+        return responses_image(block)
+    if isinstance(block, File):
+        return responses_file(block)
+    if isinstance(block, ToolReference):
+        return {"type": "input_text", "text": f"Tool {block.name} loaded"}
+    if isinstance(block, Opaque) and block.kind in RESPONSES_OPAQUE_PARTS:
+        return block.raw
+    return None
+
+
+def responses_image(image: Image) -> Optional[Json]:
+    """{"type":"input_image","image_url":"data:…"|"https:…","file_id","detail"}"""
+    url = image.url if image.data is None else f"data:{image.media_type or 'image/png'};base64,{image.data}"
+    if url is None and image.file_id is None:
+        return None
+    said = {"image_url": url, "file_id": image.file_id, "detail": image.detail}
+    return {"type": "input_image", **{name: value for name, value in said.items() if value is not None}}
+
+
+def responses_file(file: File) -> Optional[Json]:
+    """{"type":"input_file","filename","file_data":"data:application/pdf;base64,…"|…,"file_url","file_id"}; plain text stays text."""
+    if file.text is not None:
+        return {"type": "input_text", "text": file.text}
+    data = file.data
+    if data is not None and file.media_type is not None:
+        data = f"data:{file.media_type};base64,{data}"
+    if data is None and file.url is None and file.file_id is None:
+        return None
+    name = file.name if file.name is not None or data is None else "document.pdf"
+    said = {"filename": name, "file_data": data, "file_url": file.url, "file_id": file.file_id}
+    return {"type": "input_file", **{name: value for name, value in said.items() if value is not None}}
+
+
+def responses_output_part(block: Union[Text, Refusal], whole: bool) -> Json:
+    """What the model said, as a part; a `whole` one names empty lists too, as the SDKs' types want."""
+    if isinstance(block, Refusal):
+        return {"type": "refusal", "refusal": block.text}
+    said = {"annotations": responses_annotations(block), "logprobs": (block.extra or {}).get("logprobs") or []}
+    return {"type": "output_text", "text": block.text, **{name: value for name, value in said.items() if value or whole}}
+
+
+def responses_annotations(text: Text) -> List[Json]:
+    """A text's citations as annotations: our own as they are, any other with a `url` as one over the whole text."""
+    notes: List[Json] = []
+    for note in text.citations or ():
+        if name_in(note, "type") in RESPONSES_ANNOTATIONS:
+            notes.append(note)
+        elif name_in(note, "url"):
+            notes.append({"type": "url_citation", "url": note["url"], "title": name_in(note, "title"),
+                          "start_index": 0, "end_index": len(text.text)})
+    return notes
+
+
+# ---- items ------------------------------------------------------------------
+
+
+def responses_list(value: Any) -> List[Any]:
+    """The value if it is a list: what upstream sends is taken as it comes."""
+    return value if isinstance(value, list) else []
+
+
+def responses_block(item: Json, kind: str) -> Block:
+    """The block of an item that is no message and no output of a call."""
+    if kind in RESPONSES_CALLS and not (kind == "tool_search_call" and item.get("execution") == "server"):
+        call_kind, field_name = RESPONSES_CALLS[kind]
+        return ToolCall(text_or_none(item.get("call_id")) or text_or_none(item.get("id")) or "",
+                        text_or_none(item.get("name")) or kind[:-len("_call")], responses_arguments(item.get(field_name)),
+                        call_kind, text_or_none(item.get("namespace")))
+    if kind == "reasoning":
+        parts = responses_list(item.get("summary")) + responses_list(item.get("content"))
+        return Thinking("\n\n".join(filter(None, (name_in(part, "text") for part in parts))),
+                        text_or_none(item.get("encrypted_content")), id=text_or_none(item.get("id")))
+    if kind == "compaction":
+        return Compaction(sealed=text_or_none(item.get("encrypted_content")), id=text_or_none(item.get("id")))
+    return Opaque(kind, item)
+
+
+def responses_arguments(given: Any) -> str:
+    """A call's arguments as text: most are, a search's and a shell's are an object."""
+    if given is None or isinstance(given, str):
+        return given or ""
+    if isinstance(given, dict) and len(given) == 1 and isinstance(given.get("_raw_arguments"), str):
+        return given["_raw_arguments"]
+    try:
+        return dump_json(given).decode()
+    except RecursionError:
+        return "{}"
+
+
+def responses_arguments_object(arguments: str) -> Json:
+    """The object a text of arguments stands for; text that is none is kept inside one."""
+    value = load_object(arguments) if arguments else {}
+    return {"_raw_arguments": arguments} if value is None else value
+
+
+def responses_wire_item(block: Block) -> Optional[Json]:
+    """The item of a block that is no part of a message, without id and status; None for what the dialect cannot say."""
+    if isinstance(block, Thinking):
+        sealed = block.redacted if block.signature is None else block.signature
+        summary = [{"type": "summary_text", "text": block.text}] if block.text else []
+        return {"type": "reasoning", "summary": summary, **({} if sealed is None else {"encrypted_content": sealed})}
+    if isinstance(block, ToolCall):
+        return responses_wire_call(block)
+    if isinstance(block, Compaction):
+        return None if block.sealed is None else {"type": "compaction", "encrypted_content": block.sealed}
+    if isinstance(block, Opaque) and block.kind in RESPONSES_OPAQUE and isinstance(block.raw, dict):
+        return {**block.raw, "type": block.kind}
+    return None
+
+
+def responses_wire_call(call: ToolCall) -> Optional[Json]:
+    """{"type":"function_call","call_id","name","arguments","namespace"}, or the item of the call's kind."""
+    if call.kind not in RESPONSES_CALL_ITEMS or call.kind == "server" and call.name != "local_shell":
+        return None
+    kind, field_name = RESPONSES_CALL_ITEMS[call.kind]
+    item: Json = {"type": kind, "call_id": call.id}
+    if call.kind in ("function", "custom"):
+        space = {} if call.namespace is None else {"namespace": call.namespace}
+        return {**item, "name": call.name, field_name: call.arguments, **space}
+    item[field_name] = responses_arguments_object(call.arguments)
+    return {**item, "execution": "client", "status": "completed"} if call.kind == "search" else {**item, "status": "completed"}
+
+
 def responses_item(item: Json, path: str) -> Message:
-    """One input item as the message it belongs to."""
-    kind = name_in(item, "type") or "message"
+    """One input item as the message it belongs to; an empty one for tools, which the caller collects."""
+    kind = name_in(item, "type") or ("item_reference" if "role" not in item and "content" not in item and item.get("id") else "message")
     if kind == "message":
-        role = name_in(item, "role")
+        role, phase = name_in(item, "role"), text_or_none(item.get("phase"))
         if role not in RESPONSES_ROLES:
             raise ClientError(f"{path}.role: expected system, developer, user or assistant, got {item.get('role')!r}", param=f"{path}.role")
-        return Message(role, responses_content(item.get("content"), f"{path}.content"))
-    if kind in RESPONSES_CALLS:
-        call_kind, arguments = RESPONSES_CALLS[kind]
-        given = item.get(arguments)
-        return Message("assistant", [ToolCall(
-            str(item.get("call_id") or item.get("id") or ""), str(item.get("name") or kind),
-            given if isinstance(given, str) else dump_json(given).decode(), call_kind, text_or_none(item.get("namespace")))])
-    if kind in RESPONSES_RESULTS:
-        output = item.get("output")
-        content = responses_content(output, f"{path}.output") if isinstance(output, (str, list)) else []
-        return Message("user", [ToolResult(str(item.get("call_id") or ""), content, kind=RESPONSES_RESULTS[kind])])
+        return Message(role, in_phase(responses_content(item.get("content"), f"{path}.content"), phase if role == "assistant" else None))
+    if kind in RESPONSES_RESULTS and item.get("execution") != "server":
+        return Message("user", [responses_result(item, kind, path)])
+    if kind == "additional_tools":
+        return Message("developer", [])
     if kind == "reasoning":
-        parts = [part for name in ("summary", "content") for part in want_list(item, name) if isinstance(part, dict)]
-        return Message("assistant", [Thinking("\n\n".join(str(part.get("text") or "") for part in parts),
-                                              text_or_none(item.get("encrypted_content")), id=text_or_none(item.get("id")))])
-    if kind == "compaction":
-        return Message("user", [Compaction(sealed=text_or_none(item.get("encrypted_content")), id=text_or_none(item.get("id")))])
-    # Everything else is opaque; what a model says (…_call) is the assistant's, the rest belongs to nobody's turn.
-    return Message("assistant" if kind.endswith("_call") else "developer", [Opaque(kind, item)])
+        for name in ("summary", "content"):
+            want_list(item, name)
+    # What a model says (…_call, its reasoning, its compaction) is the assistant's, the rest belongs to nobody's turn.
+    return Message("assistant" if kind.endswith("_call") or kind in ("reasoning", "compaction") else "developer",
+                   [responses_block(item, kind)])
 
 
-def responses_tools(tools: Iterable[Any], namespace: Optional[str] = None) -> List[Tool]:
-    """The tools of a list, namespaces opened."""
+def in_phase(blocks: List[Block], phase: Optional[str]) -> List[Block]:
+    """The blocks, their texts in a phase of the answer."""
+    return [replace(block, phase=phase) if phase and isinstance(block, Text) else block for block in blocks]
+
+
+def responses_result(item: Json, kind: str, path: str) -> ToolResult:
+    """The result an output item holds; `status` tells an error where there is one, a search names what it found."""
+    call_id = text_or_none(item.get("call_id")) or ""
+    if kind == "tool_search_output":
+        found = responses_tools(want_list(item, "tools"))
+        return ToolResult(call_id, [ToolReference(tool.name, extra={"namespace": tool.namespace} if tool.namespace else None)
+                                    for tool in found], kind="search")
+    output = item.get("output")
+    content = responses_content(output, f"{path}.output") if output is None or isinstance(output, (str, list)) else [Opaque(kind, output)]
+    return ToolResult(call_id, content, {"completed": False, "incomplete": True}.get(name_in(item, "status")), RESPONSES_RESULTS[kind])
+
+
+def responses_wire_result(result: ToolResult, tools: Sequence[Tool]) -> Json:
+    """{"type":"function_call_output","call_id","output":"…"|[parts]}, or the output item of the result's kind."""
+    kind = RESPONSES_RESULT_ITEMS.get(result.kind, "function_call_output")
+    item: Json = {"type": kind, "call_id": result.call_id}
+    if kind == "tool_search_output":
+        wanted = {(part.name, (part.extra or {}).get("namespace")) for part in result.content if isinstance(part, ToolReference)}
+        found = [tool for tool in tools if (tool.name, tool.namespace) in wanted or (tool.name, None) in wanted]
+        return {**item, "execution": "client", "status": "completed", "tools": responses_wire_tools(found)}
+    texts = [part.text for part in result.content if isinstance(part, Text)]
+    if kind == "local_shell_call_output" or len(texts) == len(result.content) < 2:
+        item["output"] = "\n".join(texts)
+    else:
+        item["output"] = [part for part in map(responses_input_part, result.content) if part is not None] or ""
+    if result.is_error is not None and kind != "custom_tool_call_output":
+        item["status"] = "incomplete" if result.is_error else "completed"
+    return item
+
+
+# ---- tools ------------------------------------------------------------------
+
+
+def responses_tools(tools: Iterable[Any], namespace: Optional[str] = None, about: Optional[str] = None) -> List[Tool]:
+    """The tools of a list, namespaces opened; each keeps what its namespace says about itself."""
     found: List[Tool] = []
     for tool in tools:
         tool = tool if isinstance(tool, dict) else {}
-        kind = name_in(tool, "type") or "function"
-        if kind == "namespace":
-            found.extend(responses_tools(want_list(tool, "tools"), text_or_none(tool.get("name"))))
-            continue
-        found.append(Tool(str(tool.get("name") or kind), text_or_none(tool.get("description")), tool.get("parameters"),
-                          kind={"function": "function", "custom": "custom", "tool_search": "search"}.get(kind, "server"),
-                          namespace=namespace, deferred=tool.get("defer_loading"), strict=tool.get("strict"),
-                          grammar=tool.get("format")))
+        if name_in(tool, "type") == "namespace":
+            found.extend(responses_tools(want_list(tool, "tools"), text_or_none(tool.get("name")), text_or_none(tool.get("description"))))
+        else:
+            found.append(responses_tool(tool, namespace, about))
     return found
+
+
+def responses_tool(tool: Json, namespace: Optional[str], about: Optional[str]) -> Tool:
+    """One tool. A search that the client runs is a kind of its own, whatever upstream runs is a server tool."""
+    wire_type = name_in(tool, "type") or "function"
+    kind = {"function": "function", "custom": "custom"}.get(wire_type, "server")
+    if wire_type == "tool_search" and tool.get("execution") == "client":
+        kind = "search"
+    extra = {name: value for name, value in tool.items() if name in RESPONSES_TOOL_FIELDS and value is not None}
+    if namespace and about:
+        extra["namespace_description"] = about
+    schema, strict, deferred, grammar = (tool.get(name) for name in ("parameters", "strict", "defer_loading", "format"))
+    return Tool((text_or_none(tool.get("name")) if kind in ("function", "custom") else None) or wire_type,
+                text_or_none(tool.get("description")), schema if isinstance(schema, dict) else None, kind, namespace,
+                deferred if isinstance(deferred, bool) else None, strict if isinstance(strict, bool) else None,
+                grammar if isinstance(grammar, dict) else None, extra=extra or None)
+
+
+def by_namespace(tools: Iterable[Tool]) -> List[List[Tool]]:
+    """The tools in groups: those of one namespace together, where its first one stood; every other alone."""
+    groups: Dict[Any, List[Tool]] = {}
+    for at, tool in enumerate(tools):
+        groups.setdefault(tool.namespace or at, []).append(tool)
+    return list(groups.values())
+
+
+def responses_wire_tools(tools: Iterable[Tool]) -> List[Json]:
+    """The tools of a request, those of one namespace inside one `namespace` tool. Its description must not be empty."""
+    wire: List[Json] = []
+    for group in by_namespace(tools):
+        inner = [tool for tool in map(responses_wire_tool, group) if tool is not None]
+        space = group[0].namespace
+        if space and inner:
+            about = next(((tool.extra or {})["namespace_description"] for tool in group if (tool.extra or {}).get("namespace_description")), space)
+            inner = [{"type": "namespace", "name": space, "description": about, "tools": inner}]
+        wire.extend(inner)
+    return wire
+
+
+def responses_wire_tool(tool: Tool) -> Optional[Json]:
+    """One tool; None for a server tool of another dialect. `strict` is always said: upstream's default is true."""
+    wire_type = RESPONSES_TOOL_TYPES.get(tool.kind, tool.name)
+    if tool.kind == "server" and wire_type not in RESPONSES_SERVER_TOOLS:
+        return None
+    wire: Json = {"type": wire_type}
+    wire.update((name, value) for name, value in (tool.extra or {}).items() if name in RESPONSES_TOOL_FIELDS)
+    schema = tool.schema
+    if tool.kind in ("function", "custom"):
+        wire["name"] = tool.name
+    if tool.kind == "function":
+        schema = {"type": "object", "properties": {}} if schema is None else schema
+        wire["strict"] = bool(tool.strict)
+    if tool.kind == "search":
+        wire["execution"] = "client"
+    said = {"description": tool.description, "parameters": None if tool.kind == "custom" else schema,
+            "format": tool.grammar if tool.kind == "custom" else None, "defer_loading": tool.deferred}
+    wire.update((name, value) for name, value in said.items() if value is not None)
+    return wire
+
+
+def responses_choice(value: Any) -> Optional[ToolChoice]:
+    """"auto" | "none" | "required" | {"type":"function"|"custom","name"} | {"type":"web_search"} | {"type":"allowed_tools",…}"""
+    if isinstance(value, str):
+        return ToolChoice(value) if value in ("auto", "none", "required") else None
+    kind, name = name_in(value, "type"), name_in(value, "name")
+    if kind == "allowed_tools":
+        allowed = responses_list(value.get("tools"))
+        forced = value.get("mode") == "required"
+        only = responses_choice(allowed[0]) if forced and len(allowed) == 1 and isinstance(allowed[0], dict) \
+            and allowed[0].get("type") != "allowed_tools" else None
+        return only or ToolChoice("required" if forced else "auto")
+    if kind in ("function", "custom"):
+        return ToolChoice("tool", name, text_or_none(value.get("namespace")), kind) if name else None
+    return ToolChoice("tool", kind, None, "server") if kind else None
+
+
+def responses_wire_choice(choice: ToolChoice) -> Any:
+    """The wire form of a choice; a search cannot be forced."""
+    if choice.mode != "tool":
+        return choice.mode
+    if choice.kind == "server" and choice.name in RESPONSES_SERVER_TOOLS:
+        return {"type": choice.name}
+    if choice.kind not in ("function", "custom") or not choice.name:
+        return "auto"
+    space = {} if choice.namespace is None else {"namespace": choice.namespace}
+    return {"type": choice.kind, "name": choice.name, **space}
+
+
+# ---- options ----------------------------------------------------------------
+
+
+def responses_number(body: Json, name: str) -> Optional[float]:
+    """The number under `name`, None when absent or null."""
+    value = body.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise wrong_type(name, "a number", value)
+    return value
+
+
+def responses_object(body: Json, name: str) -> Json:
+    """The object under `name`, empty when absent or null."""
+    return {} if body.get(name) is None else want_object(body[name], name)
+
+
+def responses_reasoning(given: Json) -> Optional[Reasoning]:
+    """{"effort","summary"}; `off`, in VS Code's words, means no summary."""
+    effort = text_or_none(given.get("effort"))
+    summary = text_or_none(given.get("summary")) or text_or_none(given.get("generate_summary"))
+    if effort is None and summary is None:
+        return None
+    return Reasoning(effort=effort, summary=summary, visible=None if summary is None else summary not in ("off", "none"))
+
+
+def responses_wire_reasoning(reasoning: Reasoning) -> Json:
+    """The wire form of what was said about thinking. Where its text would be shown, a summary is asked for."""
+    thinks = reasoning.mode in ("on", "adaptive")
+    effort = reasoning.effort
+    if effort is None and reasoning.mode == "off":
+        effort = "none"
+    elif effort is None and reasoning.budget is not None:
+        effort = effort_of_budget(reasoning.budget)
+    shown = reasoning.visible or thinks and reasoning.visible is None
+    said = {"effort": effort, "summary": reasoning.summary or ("auto" if shown else None)}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def responses_output(given: Any) -> Optional[OutputFormat]:
+    """{"type":"json_schema","name","schema","strict","description"} | {"type":"json_object"}; `text` asks for nothing."""
+    kind = name_in(given, "type")
+    if kind == "json_object":
+        return OutputFormat()
+    if kind != "json_schema":
+        return None
+    schema, strict = given.get("schema"), given.get("strict")
+    return OutputFormat(schema if isinstance(schema, dict) else {}, text_or_none(given.get("name")),
+                        strict if isinstance(strict, bool) else None, text_or_none(given.get("description")))
+
+
+def responses_wire_output(output: OutputFormat) -> Json:
+    """The wire form of the structure wanted; a schema must have a name."""
+    if output.schema is None:
+        return {"type": "json_object"}
+    said = {"strict": output.strict, "description": output.description}
+    return {"type": "json_schema", "name": output.name or "output", "schema": output.schema,
+            **{name: value for name, value in said.items() if value is not None}}
+
+
+def responses_extra(body: Json) -> Optional[Json]:
+    """What the hub has no word for, by its name."""
+    extra = {name: value for name, value in body.items() if name not in RESPONSES_READ and value is not None}
+    included = [name for name in responses_list(body.get("include")) if name not in (ENCRYPTED_REASONING, TEXT_LOGPROBS)]
+    modes = {name: value for name, value in responses_object(body, "reasoning").items() if name in ("context", "mode") and value is not None}
+    if included:
+        extra["include"] = included
+    if modes:
+        extra["reasoning"] = modes
+    return extra or None
+
+
+def responses_passed(extra: Json) -> Json:
+    """Those of the fields without a word in the hub that this dialect knows."""
+    passed: Json = {}
+    for name, wanted in RESPONSES_PASSED:
+        value = extra.get(name)
+        values = isinstance(wanted, tuple) and isinstance(wanted[0], str)
+        if value is not None and (value in wanted if values else isinstance(value, wanted) and not (wanted is int and value is True)):
+            passed[name] = value
+    return passed
+
+
+def responses_instructions(messages: Sequence[Message]) -> Optional[str]:
+    """The leading system prompt, where it is nothing but text."""
+    leading = messages[0] if messages and messages[0].role == "system" else None
+    if leading is None or not all(isinstance(block, Text) for block in leading.content):
+        return None
+    return "\n\n".join(block.text for block in leading.content if isinstance(block, Text))
+
+
+def responses_options(request: Request) -> Json:
+    """A request's fields but its model and its input: what is asked, and what a response object repeats of it."""
+    text: Json = {}
+    if request.output is not None:
+        text["format"] = responses_wire_output(request.output)
+    if request.verbosity is not None:
+        text["verbosity"] = request.verbosity
+    tools = responses_wire_tools(request.tools)
+    reasoning = (request.extra or {}).get("reasoning")
+    reasoning = {name: reasoning[name] for name in ("context", "mode") if reasoning.get(name)} if isinstance(reasoning, dict) else {}
+    said = {
+        "instructions": responses_instructions(request.messages), "tools": tools or None,
+        "tool_choice": responses_wire_choice(request.tool_choice) if tools and request.tool_choice is not None else None,
+        "parallel_tool_calls": request.parallel_tools,
+        "max_output_tokens": None if request.max_tokens is None else max(RESPONSES_LEAST_OUTPUT, request.max_tokens),
+        "temperature": request.temperature, "top_p": request.top_p, "top_logprobs": request.logprobs or None,
+        "reasoning": {**reasoning, **(responses_wire_reasoning(request.reasoning) if request.reasoning is not None else {})} or None,
+        "text": text or None, "user": request.user, "metadata": request.metadata, "prompt_cache_key": request.cache_key}
+    return {**responses_passed(request.extra or {}), **{name: value for name, value in said.items() if value is not None}}
+
+
+def responses_input(request: Request) -> List[Json]:
+    """The items of a conversation; the system prompt that became `instructions` is left out."""
+    messages = request.messages[1:] if responses_instructions(request.messages) is not None else request.messages
+    # A call nobody can say leaves no result behind either.
+    unsaid = {block.id for message in messages for block in message.content
+              if isinstance(block, ToolCall) and responses_wire_call(block) is None}
+    return [item for message in messages for item in responses_message_items(message, request.tools, unsaid)]
+
+
+def responses_message_items(message: Message, tools: Sequence[Tool], unsaid: Any) -> Iterator[Json]:
+    """The items of one message: its words as `message` items, one per phase, calls and results between them."""
+    said: Optional[Json] = None
+    for block in message.content:
+        phase = block.phase if isinstance(block, Text) and message.role == "assistant" else None
+        if message.role != "assistant":
+            part = responses_input_part(block)
+        else:
+            part = responses_output_part(block, False) if isinstance(block, (Text, Refusal)) else None
+        if part is None:
+            item = responses_replayed(block, tools, unsaid)
+            if item is not None:
+                if said is not None:
+                    yield said
+                said = None
+                yield item
+            continue
+        if said is not None and said.get("phase") != phase:
+            yield said
+            said = None
+        if said is None:
+            said = {"type": "message", "role": message.role, "content": [], **({} if phase is None else {"phase": phase})}
+        said["content"].append(part)
+    if said is not None:
+        yield said
+
+
+def responses_replayed(block: Block, tools: Sequence[Tool], unsaid: Any) -> Optional[Json]:
+    """An item of the history. Only what is bound to its id has one; thinking nobody sealed is nothing to upstream."""
+    if isinstance(block, ToolResult):
+        return None if block.call_id in unsaid else responses_wire_result(block, tools)
+    if isinstance(block, Compaction) and block.sealed is None and block.summary:
+        return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": block.summary}]}
+    item = responses_wire_item(block)
+    if item is None or isinstance(block, Thinking) and "encrypted_content" not in item:
+        return None
+    if isinstance(block, (Thinking, Compaction)) and block.id is not None:
+        item["id"] = block.id
+    elif isinstance(block, Opaque) and block.kind not in RESPONSES_BOUND_IDS:
+        item.pop("id", None)
+    return item
 
 
 def responses_usage(usage: Any, body: Json) -> Optional[Usage]:
@@ -1634,13 +3700,567 @@ def responses_usage(usage: Any, body: Json) -> Optional[Usage]:
                  billed_nano=billed_nano(body))
 
 
+def responses_wire_usage(usage: Usage) -> Json:
+    """{"input_tokens","input_tokens_details":{…},"output_tokens","output_tokens_details":{…},"total_tokens"}"""
+    return {"input_tokens": usage.input,
+            "input_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write},
+            "output_tokens": usage.output, "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+            "total_tokens": usage.total}
+
+
+# ---- reading a stream -------------------------------------------------------
+
+
+class ResponsesPart:
+    """An open block of a stream being read."""
+
+    __slots__ = ("index", "block", "texts", "said", "final", "spot", "notes", "logprobs")
+
+    def __init__(self, index: int, block: Block) -> None:
+        self.index = index
+        self.block = block
+        self.texts: List[str] = []
+        self.said = False  # upstream called its text complete
+        self.final: Optional[Block] = None
+        self.spot: Any = None  # the summary part that streams
+        self.notes: List[Json] = []
+        self.logprobs: List[Json] = []
+
+
+class ResponsesReader:
+    """Reads one stream: frames in, the hub's events out.
+
+    Blocks are known by `output_index` and `content_index`, never by an id. Blocks that stream open with their first
+    event and close with their item, or, once their text is complete, when another opens; the others come whole with
+    `output_item.done`. What only a `…done` event says is made up for by a delta.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._events: List[Event] = []
+        self._started = False
+        self._count = 0
+        self._items: Dict[int, Json] = {}  # as `output_item.added` gave them
+        self._done: set = set()
+        self._parts: Dict[Tuple[int, int], ResponsesPart] = {}
+        self._closed: set = set()
+        self._called = False
+        self._held: Optional[Failure] = None
+        self._actions: Dict[Any, Callable[[Json], None]] = {
+            "response.created": self._start, "response.in_progress": self._start, "response.queued": self._start,
+            "response.output_item.added": self._added, "response.output_item.done": self._item_done,
+            "response.content_part.added": self._part_added, "response.content_part.done": self._part_done,
+            "response.output_text.delta": self._text_delta, "response.output_text.done": lambda event: self._last_words(event, "text", Text("")),
+            "response.output_text.annotation.added": self._annotation,
+            "response.refusal.delta": self._refusal_delta,
+            "response.refusal.done": lambda event: self._last_words(event, "refusal", Refusal("")),
+            "response.reasoning_summary_text.delta": lambda event: self._thought(event, "summary_index", name_in(event, "delta")),
+            "response.reasoning_summary_text.done": lambda event: self._whole_thought(event, "summary_index"),
+            "response.reasoning_text.delta": lambda event: self._thought(event, "content_index", name_in(event, "delta")),
+            "response.reasoning_text.done": lambda event: self._whole_thought(event, "content_index"),
+            "response.function_call_arguments.delta": self._call_delta,
+            "response.function_call_arguments.done": lambda event: self._whole_call(event, name_in(event, "arguments")),
+            "response.custom_tool_call_input.delta": self._call_delta,
+            "response.custom_tool_call_input.done": lambda event: self._whole_call(event, name_in(event, "input")),
+            "response.completed": self._terminal, "response.done": self._terminal, "response.incomplete": self._terminal,
+            "response.failed": self._terminal, "response.cancelled": self._terminal, "error": self._error}
+
+    def read(self, frames: Iterable[Frame]) -> List[Event]:
+        """The events of one batch of frames."""
+        self._events = []
+        for frame in frames:
+            event = load_object(frame.data)
+            if event is not None and not self.ended:
+                self.take(event)
+        return self._events
+
+    def take(self, event: Json) -> List[Event]:
+        """The events so far, those of one more wire event among them."""
+        kind = event.get("type")
+        action = self._actions.get(kind) if type(kind) is str else None
+        if action is None and isinstance(event.get("error"), dict):
+            action = self._error
+        if self._held is not None and action != self._error:
+            self._fail(self._held)
+        elif action is None:
+            self._events.append(Pulse())
+        else:
+            action(event)
+        return self._events
+
+    def end(self) -> List[Event]:
+        """What is left at the end of the input: a failure that waited for the `error` event that may follow it."""
+        self._events = []
+        if self._held is not None and not self.ended:
+            self._fail(self._held)
+        return self._events
+
+    # -- blocks --
+
+    def _place(self, event: Json) -> Tuple[int, int]:
+        """(output_index, content_index) of an event; what it does not say is the newest item, the first part."""
+        at, part = event.get("output_index"), event.get("content_index")
+        if type(at) is not int:
+            at = max(self._items, default=0)
+        return at, part if type(part) is int else 0
+
+    def _open(self, place: Tuple[int, int], block: Block) -> ResponsesPart:
+        for other in [other for other, part in self._parts.items() if part.said]:
+            self._close(other)
+        part = self._parts[place] = ResponsesPart(self._count, block)
+        self._count += 1
+        self._closed.discard(place)
+        self._called = self._called or isinstance(block, ToolCall)
+        self._events.append(BlockStart(part.index, block))
+        return part
+
+    def _close(self, place: Tuple[int, int], final: Optional[Block] = None) -> None:
+        part = self._parts.pop(place)
+        self._closed.add(place)
+        final = part.final if final is None else final
+        if isinstance(part.block, Text) and (part.notes or part.logprobs):
+            final = part.block if final is None else final
+            if isinstance(final, Text):
+                final = replace(final, citations=final.citations or part.notes or None,
+                                extra=final.extra or ({"logprobs": part.logprobs} if part.logprobs else None))
+        self._events.append(BlockStop(part.index, final))
+
+    def _more(self, part: ResponsesPart, text: str) -> None:
+        part.texts.append(text)
+        self._events.append(BlockDelta(part.index, text))
+
+    def _complete(self, place: Tuple[int, int], block: Block) -> None:
+        """A block as its item gives it at the end: what has not streamed does so now."""
+        said = main_text(block)
+        if said is None:
+            self._open(place, block)
+            return self._close(place)
+        part = self._parts.get(place)
+        if part is not None and (type(part.block), getattr(part.block, "kind", None)) != (type(block), getattr(block, "kind", None)):
+            self._close(place)  # announced as something else
+            part = None
+        if part is None:
+            part = self._open(place, opening(block))
+        streamed = "".join(part.texts)
+        if len(said) > len(streamed) and said.startswith(streamed):
+            self._more(part, said[len(streamed):])
+        self._close(place, block)
+
+    # -- the response --
+
+    def _start(self, event: Json) -> None:
+        response = event.get("response")
+        if self._started or not isinstance(response, dict):
+            return
+        self._started = True
+        created = response.get("created_at")
+        self._events.append(ReplyStart(text_or_none(response.get("id")) or "", text_or_none(response.get("model")) or "",
+                                       count_or_zero({"at": created}, "at"), responses_usage(response.get("usage"), event)))
+
+    def _terminal(self, event: Json) -> None:
+        self._start(event)
+        response = event.get("response")
+        response = response if isinstance(response, dict) else {}
+        said = name_in(event, "type").partition(".")[2]
+        status = said if said in ("failed", "cancelled") else name_in(response, "status") or said
+        if status in ("failed", "cancelled"):
+            return self._failed(response, status)
+        self._rest(responses_list(response.get("output")))
+        details = response.get("incomplete_details")
+        reason = (name_in(details, "reason") or None) if status == "incomplete" else None
+        word = stop_meaning(RESPONSES, (status, reason))
+        if status == "incomplete" and word == "end":
+            word = "length"
+        usage = responses_usage(response.get("usage"), response if billed_nano(response) else event)
+        self._end(ReplyStop("tool" if word == "end" and self._called else word, usage))
+
+    def _rest(self, output: List[Any]) -> None:
+        """Items that only the final object holds. Upstream may leave it empty though items were sent."""
+        if len(self._done) < len(output):
+            for at, item in enumerate(output):
+                if at not in self._done and isinstance(item, dict):
+                    self._item(at, item)
+        for place in list(self._parts):
+            self._close(place)
+
+    def _failed(self, response: Json, status: str) -> None:
+        inner = response.get("error")
+        if isinstance(inner, dict):
+            return self._fail(stream_failure({"error": inner}))
+        self._held = stream_failure({"error": {"message": f"the response {'failed' if status == 'failed' else 'was cancelled'}"}})
+
+    def _error(self, event: Json) -> None:
+        self._fail(stream_failure(event))
+
+    def _fail(self, failure: Failure) -> None:
+        self._end(Fault(failure))
+
+    def _end(self, event: Event) -> None:
+        self.ended = True
+        self._events.append(event)
+
+    # -- items --
+
+    def _added(self, event: Json) -> None:
+        at, item = self._place(event)[0], event.get("item")
+        if not isinstance(item, dict) or at in self._items:
+            return
+        self._items[at] = item
+        kind = name_in(item, "type")
+        if kind == "message":
+            return
+        block = responses_block(item, kind)
+        said = main_text(block)
+        if said is not None:
+            part = self._open((at, -1), opening(block))
+            if said:
+                self._more(part, said)
+
+    def _item_done(self, event: Json) -> None:
+        at, item = self._place(event)[0], event.get("item")
+        if isinstance(item, dict) and at not in self._done:
+            self._item(at, item)
+
+    def _item(self, at: int, item: Json) -> None:
+        """A whole item: whatever of it has not been said yet."""
+        self._done.add(at)
+        kind = name_in(item, "type") or "message"
+        if kind != "message":
+            return self._complete((at, -1), responses_block(item, kind))
+        phase = text_or_none(item.get("phase")) or self._phase(at)
+        for index, block in enumerate(in_phase([responses_part(part) for part in responses_list(item.get("content"))], phase)):
+            if (at, index) not in self._closed:
+                self._complete((at, index), block)
+        for place in [place for place in self._parts if place[0] == at]:
+            self._close(place)
+
+    def _phase(self, at: int) -> Optional[str]:
+        return text_or_none(self._items.get(at, {}).get("phase"))
+
+    # -- parts of a message --
+
+    def _said(self, place: Tuple[int, int], block: Block) -> ResponsesPart:
+        """The open part of that place; one that nobody announced opens now."""
+        part = self._parts.get(place)
+        if part is None:
+            part = self._open(place, in_phase([block], self._phase(place[0]))[0])
+        return part
+
+    def _part_added(self, event: Json) -> None:
+        kind = name_in(event.get("part"), "type")
+        if kind in ("output_text", "refusal"):
+            self._said(self._place(event), Text("") if kind == "output_text" else Refusal(""))
+
+    def _part_done(self, event: Json) -> None:
+        place, block = self._place(event), responses_part(event.get("part"))
+        part = self._parts.get(place)
+        if part is not None and type(block) is type(part.block):
+            part.said, part.final = True, in_phase([block], self._phase(place[0]))[0]
+
+    def _text_delta(self, event: Json) -> None:
+        delta = event.get("delta")
+        if type(delta) is str and delta:
+            place = self._place(event)
+            part = self._parts.get(place) or self._said(place, Text(""))
+            if event.get("logprobs"):
+                part.logprobs += responses_list(event["logprobs"])
+            part.texts.append(delta)
+            self._events.append(BlockDelta(part.index, delta))
+
+    def _refusal_delta(self, event: Json) -> None:
+        delta = event.get("delta")
+        if type(delta) is str and delta:
+            self._more(self._said(self._place(event), Refusal("")), delta)
+
+    def _last_words(self, event: Json, name: str, block: Block) -> None:
+        """The whole text of a part, which counts where nothing of it streamed."""
+        place, text = self._place(event), name_in(event, name)
+        if text and place not in self._closed and not (place in self._parts and self._parts[place].texts):
+            self._more(self._said(place, block), text)
+
+    def _annotation(self, event: Json) -> None:
+        part = self._parts.get(self._place(event))
+        if part is not None and isinstance(event.get("annotation"), dict):
+            part.notes.append(event["annotation"])
+
+    # -- thoughts --
+
+    def _whole_thought(self, event: Json, counter: str) -> None:
+        part = self._parts.get((self._place(event)[0], -1))
+        if part is None or part.spot != (counter, event.get(counter)):
+            self._thought(event, counter, name_in(event, "text"))
+
+    def _thought(self, event: Json, counter: str, text: str) -> None:
+        """More of a summary part, or of the thought itself; a blank line parts it from the one before."""
+        place, spot = (self._place(event)[0], -1), (counter, event.get(counter))
+        part = self._parts.get(place)
+        if not text or place in self._closed or part is not None and not isinstance(part.block, Thinking):
+            return
+        if part is None:
+            part = self._open(place, Thinking())
+        if part.spot != spot:
+            if part.texts:
+                self._more(part, "\n\n")
+            part.spot = spot
+        self._more(part, text)
+
+    # -- calls --
+
+    def _call_delta(self, event: Json) -> None:
+        part, delta = self._parts.get((self._place(event)[0], -1)), name_in(event, "delta")
+        if part is not None and delta and isinstance(part.block, ToolCall):
+            self._more(part, delta)
+
+    def _whole_call(self, event: Json, text: str) -> None:
+        part = self._parts.get((self._place(event)[0], -1))
+        if part is not None and text and not part.texts and isinstance(part.block, ToolCall):
+            self._more(part, text)
+
+
+# ---- writing a stream -------------------------------------------------------
+
+
+class ResponsesItem:
+    """An item of a stream being written; `parts` are open blocks inside it."""
+
+    __slots__ = ("place", "wire", "parts")
+
+    def __init__(self, place: int, wire: Json) -> None:
+        self.place = place
+        self.wire = wire
+        self.parts = 0
+
+
+class ResponsesBlock:
+    """An open block of a stream being written. `head` is the constant part of its delta frames; None: no part is open."""
+
+    __slots__ = ("block", "texts", "item", "part", "event", "head")
+
+    def __init__(self, block: Block, item: Optional[ResponsesItem], part: int = 0) -> None:
+        self.block = block
+        self.texts: List[str] = []
+        self.item = item  # None: the dialect cannot say this block
+        self.part = part
+        self.event = ""
+        self.head: Optional[str] = None
+
+
+# block -> (its events, field of the delta's end that holds the whole)
+RESPONSES_STREAMED = {"text": ("response.output_text", "text"), "refusal": ("response.refusal", "refusal"),
+                      "reasoning": ("response.reasoning_summary_text", "text"),
+                      "function_call": ("response.function_call_arguments", "arguments"),
+                      "custom_tool_call": ("response.custom_tool_call_input", "input")}
+
+
+class ResponsesWriter:
+    """Writes one stream: lawful events in, frames out; `response` is the object of the last lifecycle frame.
+
+    Neighbouring texts of one phase are parts of one message item, which ends when something else opens: Codex shows
+    every message item as a paragraph of its own.
+    """
+
+    def __init__(self, response: Json) -> None:
+        self.response = response
+        self._frames: List[Frame] = []
+        self._number = 0
+        self._seed = ""
+        self._output: List[Optional[Json]] = []  # by output_index, None until the item is done
+        self._open: Dict[int, ResponsesBlock] = {}
+        self._message: Optional[ResponsesItem] = None  # the message item that takes further parts
+        self._usage: Optional[Usage] = None
+        self._actions: Dict[Any, Callable[[Any], None]] = {
+            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+
+    def write(self, events: Sequence[Event]) -> List[Frame]:
+        """The frames of one list of events."""
+        self._frames = []
+        for event in self._uncut(events):
+            self._actions[type(event)](event)
+        return self._frames
+
+    @staticmethod
+    def _uncut(events: Sequence[Event]) -> Sequence[Event]:
+        """Without the stops a Fault forced: an item that is not whole must not be called done, Codex would run the call."""
+        if not events or type(events[-1]) is not Fault:
+            return events
+        last = len(events) - 1
+        while last and type(events[last - 1]) is BlockStop:
+            last -= 1
+        return [*events[:last], events[-1]]
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        body = {"type": kind, "sequence_number": self._number, **fields}
+        self._frames.append(Frame(kind, dump_json(body).decode()))
+        self._number += 1
+
+    # -- the response --
+
+    def _start(self, event: ReplyStart) -> None:
+        self._seed = hashlib.sha256(event.id.encode("utf-8", "replace")).hexdigest()[:24]
+        self._usage = event.usage
+        self.response = {**self.response, "id": event.id or f"resp_{self._seed}", "created_at": event.created_at,
+                         "model": event.model or self.response["model"]}
+        self._send("response.created", response=self.response)
+        self._send("response.in_progress", response=self.response)
+
+    def _stop(self, event: ReplyStop) -> None:
+        status, reason = stop_word(RESPONSES, event.reason)
+        self._leave_message(status)
+        usage = event.usage or self._usage or Usage()
+        self._finish(status, incomplete_details=None if reason is None else {"reason": reason}, usage=responses_wire_usage(usage))
+
+    def _fault(self, event: Fault) -> None:
+        error = openai_error(UpstreamError(event.failure))["error"]
+        self._finish("failed", error={"code": error["code"] or "server_error", "message": error["message"]})
+
+    def _finish(self, status: str, **fields: Any) -> None:
+        self.response = {**self.response, "status": status, "output": [item for item in self._output if item is not None], **fields}
+        self._send(f"response.{status}", response=self.response)
+
+    # -- items --
+
+    def _item(self, wire: Json) -> ResponsesItem:
+        """A further item, announced."""
+        kind, place = wire["type"], len(self._output)
+        made = f"{RESPONSES_PREFIXES.get(kind, 'item')}_{self._seed}{place:04x}"
+        item = ResponsesItem(place, {**wire, "id": text_or_none(wire.get("id")) or made})
+        self._output.append(None)
+        self._send("response.output_item.added", output_index=place, item=item.wire)
+        return item
+
+    def _item_done(self, item: ResponsesItem, wire: Json) -> None:
+        """The item as it ended, under the id and the place it had."""
+        wire = {**wire, "id": item.wire["id"]}
+        self._output[item.place] = wire
+        self._send("response.output_item.done", output_index=item.place, item=wire)
+
+    def _leave_message(self, status: str = "completed") -> None:
+        """No further part joins the message item; it ends now, or with the last of its open parts."""
+        message, self._message = self._message, None
+        if message is not None and not message.parts:
+            self._item_done(message, {**message.wire, "status": status})
+
+    # -- blocks --
+
+    def _block_start(self, event: BlockStart) -> None:
+        block = event.block
+        if isinstance(block, (Text, Refusal)):
+            self._open[event.index] = self._open_part(block)
+            return
+        wire = responses_wire_item(block)
+        if wire is None:
+            self._open[event.index] = ResponsesBlock(block, None)
+            return
+        self._leave_message()
+        if isinstance(block, ToolCall):
+            wire["status"] = "in_progress"
+        if isinstance(block, (Thinking, Compaction)) and block.id is not None:
+            wire["id"] = block.id
+        item = self._item(wire)
+        opened = self._open[event.index] = ResponsesBlock(block, item)
+        if wire["type"] in RESPONSES_STREAMED:
+            opened.event = RESPONSES_STREAMED[wire["type"]][0] + ".delta"
+            if isinstance(block, ToolCall):
+                opened.head = self._head(opened)
+
+    def _open_part(self, block: Union[Text, Refusal]) -> ResponsesBlock:
+        """A text or refusal in the message item of its phase."""
+        phase = block.phase if isinstance(block, Text) else None
+        message = self._message
+        if message is None or message.wire.get("phase") != phase:
+            self._leave_message()
+            said = {} if phase is None else {"phase": phase}
+            message = self._message = self._item({"type": "message", "role": "assistant", "status": "in_progress", "content": [], **said})
+        opened = ResponsesBlock(block, message, len(message.wire["content"]))
+        bare = responses_output_part(type(block)(""), True)
+        message.parts += 1
+        message.wire["content"].append(bare)
+        self._send("response.content_part.added", **self._where(opened), part=bare)
+        opened.event = RESPONSES_STREAMED["text" if isinstance(block, Text) else "refusal"][0] + ".delta"
+        opened.head = self._head(opened)
+        return opened
+
+    def _where(self, opened: ResponsesBlock) -> Json:
+        """The fields by which an event names its block."""
+        item: Any = opened.item
+        where = {"item_id": item.wire["id"], "output_index": item.place}
+        if isinstance(opened.block, (Text, Refusal)):
+            where["content_index"] = opened.part
+        elif isinstance(opened.block, Thinking):
+            where["summary_index"] = 0
+        return where
+
+    def _head(self, opened: ResponsesBlock) -> str:
+        """A delta frame up to its sequence number."""
+        logprobs = {"logprobs": []} if isinstance(opened.block, Text) else {}
+        return dump_json({"type": opened.event, **self._where(opened), **logprobs}).decode()[:-1] + ',"sequence_number":'
+
+    def _delta(self, event: BlockDelta) -> None:
+        opened = self._open.get(event.index)
+        if opened is None or opened.item is None:
+            return
+        opened.texts.append(event.text)
+        if opened.head is None:
+            if not opened.event:
+                return
+            opened.head = self._head(opened)
+            self._send("response.reasoning_summary_part.added", **self._where(opened), part={"type": "summary_text", "text": ""})
+        self._frames.append(Frame(opened.event, f'{opened.head}{self._number},"delta":{encode_basestring_ascii(event.text)}}}'))
+        self._number += 1
+
+    def _block_stop(self, event: BlockStop) -> None:
+        opened = self._open.get(event.index)
+        if opened is None or opened.item is None:
+            self._open.pop(event.index, None)
+            return
+        block = finished(opened.block, "".join(opened.texts), event.block)
+        if not opened.texts and main_text(block):
+            self._delta(BlockDelta(event.index, main_text(block) or ""))
+        del self._open[event.index]
+        if isinstance(block, (Text, Refusal)):
+            self._part_done(opened, opened.item, block)
+        else:
+            self._whole_done(opened, opened.item, block)
+
+    def _part_done(self, opened: ResponsesBlock, item: ResponsesItem, block: Union[Text, Refusal]) -> None:
+        """The end of a part, and of its message if nothing else can join it."""
+        where, part = self._where(opened), responses_output_part(block, True)
+        for at, note in enumerate(part.get("annotations") or ()):
+            self._send("response.output_text.annotation.added", **where, annotation_index=at, annotation=note)
+        events, name = RESPONSES_STREAMED["text" if isinstance(block, Text) else "refusal"]
+        logprobs = {"logprobs": part["logprobs"]} if isinstance(block, Text) else {}
+        self._send(f"{events}.done", **where, **{name: block.text}, **logprobs)
+        self._send("response.content_part.done", **where, part=part)
+        item.wire["content"][opened.part] = part
+        if isinstance(block, Text) and block.phase is not None:
+            item.wire.setdefault("phase", block.phase)
+        item.parts -= 1
+        if not item.parts and item is not self._message:
+            self._item_done(item, {**item.wire, "status": "completed"})
+
+    def _whole_done(self, opened: ResponsesBlock, item: ResponsesItem, block: Block) -> None:
+        """The end of an item that is one block."""
+        wire = responses_wire_item(block) or dict(item.wire)
+        kind, where = wire["type"], self._where(opened)
+        if opened.head is not None:
+            events, name = RESPONSES_STREAMED[kind]
+            named = {"name": wire["name"]} if kind == "function_call" else {}
+            self._send(f"{events}.done", **where, **named, **{name: main_text(block)})
+            if kind == "reasoning":
+                self._send("response.reasoning_summary_part.done", **where, part=wire["summary"][0])
+        if isinstance(block, ToolCall):
+            wire["status"] = "completed"
+        self._item_done(item, wire)
+
+
 class ResponsesCodec(Codec):
     """Responses; `instructions` is the first system message, tools may stand inside input items."""
 
     name = RESPONSES
 
     def decode_request(self, body: Json) -> Request:
-        """The Request of a body; `input` is a string or a list of items."""
+        """The Request of a body; `input` is a string or a list of items. Tools inside items join the others."""
         messages: List[Message] = []
         if isinstance(body.get("instructions"), str):
             messages.append(Message("system", [Text(body["instructions"])]))
@@ -1651,14 +4271,80 @@ class ResponsesCodec(Codec):
             messages.extend(responses_item(want_object(item, f"input.{at}"), f"input.{at}") for at, item in enumerate(given))
         elif given is not None:
             raise wrong_type("input", "a string or a list", given)
-        tools = responses_tools(want_list(body, "tools"))
-        for item in given if isinstance(given, list) else ():
-            if name_in(item, "type") in ("additional_tools", "tool_search_output"):
-                tools.extend(responses_tools(want_list(item, "tools")))
+        text = responses_object(body, "text")
+        included = TEXT_LOGPROBS in responses_list(body.get("include"))
         return Request(
-            model=want_model(body), messages=messages, tools=tools, tool_choice=body.get("tool_choice"),
+            model=want_model(body), messages=canonical(messages), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
+            parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_output_tokens"),
-            cache_key=text_or_none(body.get("prompt_cache_key")))
+            temperature=responses_number(body, "temperature"), top_p=responses_number(body, "top_p"),
+            logprobs=want_count(body, "top_logprobs") or (0 if included else None),
+            reasoning=responses_reasoning(responses_object(body, "reasoning")), output=responses_output(text.get("format")),
+            verbosity=text_or_none(text.get("verbosity")), user=text_or_none(body.get("user")),
+            metadata=None if body.get("metadata") is None else responses_object(body, "metadata"),
+            cache_key=text_or_none(body.get("prompt_cache_key")), extra=responses_extra(body))
+
+    @staticmethod
+    def _tools(body: Json) -> List[Tool]:
+        """All tools of a body, each once, those of one namespace side by side."""
+        tools = responses_tools(want_list(body, "tools"))
+        known = {(tool.namespace, tool.name, tool.kind) for tool in tools}
+        for item in responses_list(body.get("input")):
+            if name_in(item, "type") not in ("additional_tools", "tool_search_output"):
+                continue
+            for tool in responses_tools(want_list(item, "tools")):
+                if (tool.namespace, tool.name, tool.kind) not in known:
+                    known.add((tool.namespace, tool.name, tool.kind))
+                    tools.append(tool)
+        return [tool for group in by_namespace(tools) for tool in group]
+
+    def encode_request(self, request: Request) -> Json:
+        """The body of a request. Nothing is ever stored, so reasoning must come back encrypted."""
+        include = responses_list((request.extra or {}).get("include"))
+        wanted = [ENCRYPTED_REASONING] + ([TEXT_LOGPROBS] if request.logprobs is not None else [])
+        return {"model": request.model, **responses_options(request), "input": responses_input(request), "stream": request.stream,
+                "store": False, "include": wanted + [name for name in include if isinstance(name, str) and name not in wanted]}
+
+    def decode_reply(self, body: Json) -> Reply:
+        """The whole answer; raises UpstreamError for one that failed. Read as the last event of a stream, which holds the same."""
+        if is_error_object(body):
+            raise UpstreamError(stream_failure(body))
+        reader = ResponsesReader()
+        return collect([reader.take({"type": "response.completed", "response": body}), reader.end()])
+
+    def encode_reply(self, reply: Reply, asked: Optional[Request] = None) -> Json:
+        """The response object, which repeats what was `asked`."""
+        writer = ResponsesWriter(self._empty(asked))
+        writer.write(replay(reply))
+        return writer.response
+
+    def decode_stream(self, batches: Iterable[List[Frame]]) -> Iterator[List[Event]]:
+        reader = ResponsesReader()
+        for frames in batches:
+            yield reader.read(frames)
+        rest = reader.end()
+        if rest:
+            yield rest
+
+    def encode_stream(self, batches: Iterable[List[Event]], asked: Optional[Request] = None) -> Iterator[List[Frame]]:
+        """The frames of a stream; its response objects repeat what was `asked`."""
+        writer = ResponsesWriter(self._empty(asked))
+        for events in batches:
+            yield writer.write(events)
+
+    @staticmethod
+    def _empty(asked: Optional[Request]) -> Json:
+        """A response object that has not begun: every field the OpenAI SDK's type demands."""
+        empty: Json = {
+            "id": "", "object": "response", "created_at": 0, "status": "in_progress", "error": None, "incomplete_details": None,
+            "instructions": None, "max_output_tokens": None, "model": asked.model if asked else "", "output": [],
+            "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
+            "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
+            "truncation": "disabled", "usage": None, "user": None, "metadata": {}}
+        said = responses_options(asked) if asked else {}
+        said["text"] = {**empty["text"], **said.get("text", {})}
+        said["reasoning"] = {**empty["reasoning"], **said.get("reasoning", {})}
+        return {**empty, **{name: value for name, value in said.items() if name in empty}}
 
     def decode_usage(self, body: Json) -> Optional[Usage]:
         return responses_usage(body.get("usage"), body)
@@ -1760,69 +4446,178 @@ class ResponsesMeter(Meter):
 ###############################################################################
 #                             Anthropic Messages                              #
 ###############################################################################
-# POST /v1/messages. API reference "Messages", "Streaming messages", 2026-09.
+# POST /v1/messages. API reference "Messages", "Streaming messages", "Errors", 2026-09; beta fields as anthropic-sdk 2.14.
 #
 #   {"model","max_tokens","system":"…"|[{"type":"text","text","cache_control"}],"messages":[{"role":"user","content":"…"|[
 #     {"type":"text","text"},{"type":"image","source":{"type":"base64","media_type","data"}},
+#     {"type":"document","source":{"type":"base64"|"url"|"text"|"file",…},"title"},
 #     {"type":"tool_result","tool_use_id","content":"…"|[…],"is_error"}]},{"role":"assistant","content":[
-#     {"type":"thinking","thinking","signature"},{"type":"tool_use","id","name","input":{}}]}],"tools":[{"name","input_schema"}]}
-#   event: message_start / content_block_start / content_block_delta / content_block_stop / message_delta / message_stop
+#     {"type":"thinking","thinking","signature"},{"type":"redacted_thinking","data"},{"type":"tool_use","id","name","input":{}}]},
+#     {"role":"system","content":"…","output_config":{"effort"}}],"tools":[{"name","description","input_schema","defer_loading"}],
+#    "tool_choice":{"type":"auto"|"any"|"tool"|"none","name","disable_parallel_tool_use"},"stop_sequences":["…"],
+#    "thinking":{"type":"enabled","budget_tokens","display"}|{"type":"adaptive","display"}|{"type":"disabled"},
+#    "output_config":{"effort","format":{"type":"json_schema","schema"}},"metadata":{"user_id"},"stream":true}
+#   {"id","type":"message","role":"assistant","model","content":[…],"stop_reason","stop_sequence","usage":{"input_tokens",
+#    "cache_creation_input_tokens","cache_read_input_tokens","output_tokens","output_tokens_details":{"thinking_tokens"}}}
+#   event: message_start        data: {"type":"message_start","message":{…,"content":[],"usage":{…}}}
+#   event: content_block_start  data: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
+#   event: content_block_delta  data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hel"}}
+#          thinking_delta{thinking} signature_delta{signature} input_json_delta{partial_json} citations_delta{citation}
+#   event: content_block_stop   data: {"type":"content_block_stop","index":0}
+#   event: message_delta        data: {"type":"message_delta","delta":{"stop_reason","stop_sequence"},"usage":{…}}
+#   event: message_stop / ping / error
 
 MESSAGES_ROLES = frozenset(("user", "assistant", "system"))
-MESSAGE_STOP = re.compile(rb'"type"\s*:\s*"message_stop"')
-MESSAGES_ERROR = re.compile(rb'"type"\s*:\s*"error"')
 # Texts of an overflow on which Claude Code compacts (clients.md).
 COMPACTING = re.compile("prompt is too long|maximum context length|context_length_exceeded|exceeds the context window"
                         "|input is too long for requested model", re.I)
+MESSAGE_STOP = re.compile(rb'"type"\s*:\s*"message_stop"')
+MESSAGES_ERROR = re.compile(rb'"type"\s*:\s*"error"')
 # fields of a usage object that a later one overrides
-MESSAGES_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens", "output_tokens_details")
+MESSAGES_USAGE = ("input_tokens", "cache_creation_input_tokens", "cache_creation", "cache_read_input_tokens", "output_tokens",
+                  "output_tokens_details")
+# `max_tokens` is required. Who names none gets what every Claude of Copilot's catalogue may write and what one answer
+# that is not streamed may hold (`max_non_streaming_output_tokens`, copilot-upstream 4.3).
+MESSAGES_MAX_TOKENS = 16000
+MESSAGES_MIN_BUDGET = 1024  # tokens; a smaller `budget_tokens` is refused (API reference "Extended thinking")
+MESSAGES_NO_SCHEMA: Json = {"type": "object", "properties": {}}  # `input_schema` is required
+MESSAGES_EFFORTS = {"minimal": "low"}  # the others are called alike; `none` is thinking switched off
+MESSAGES_MODES = (("off", "disabled"), ("on", "enabled"), ("adaptive", "adaptive"))  # hub, `thinking.type`
+MESSAGES_CHOICES = (("auto", "auto"), ("required", "any"), ("tool", "tool"), ("none", "none"))  # hub, `tool_choice.type`
+MESSAGES_DISPLAYS = {"omitted": False, "summarized": True, "updates": True}
+
+# Blocks only this dialect knows; they are Opaque in the hub and re-emitted as they came.
+MESSAGES_OPAQUE = frozenset((
+    "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
+    "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result", "mcp_tool_use",
+    "mcp_tool_result", "mcp_tool_listing", "advisor_tool_result", "search_result", "container_upload", "fallback", "document"))
+MESSAGES_WEB = "web_search_result_location"
+MESSAGES_CITATIONS = frozenset(("char_location", "page_location", "content_block_location", "search_result_location", MESSAGES_WEB))
+MESSAGES_SERVER_TOOL = re.compile(r"_20\d{6}$|^mcp_toolset$")  # `web_search_20250305`: server tools of this dialect carry a date
+
+# Fields that ride in `extra` and are written again, by what carries them.
+MESSAGES_CALL_EXTRA = ("caller", "toolset_name")
+MESSAGES_FILE_EXTRA = ("context", "citations")
+MESSAGES_TOOL_EXTRA = ("eager_input_streaming", "input_examples", "allowed_callers")
+# Top-level fields: name -> whether a value is this dialect's (Responses calls other things by two of these names).
+MESSAGES_EXTRA: Dict[str, Callable[[Any], bool]] = {
+    "cache_control": lambda value: isinstance(value, dict),
+    "container": lambda value: isinstance(value, (str, dict)),
+    "context_management": lambda value: isinstance(value, dict),
+    "inference_geo": lambda value: isinstance(value, str),
+    "mcp_servers": lambda value: isinstance(value, list),
+    "service_tier": lambda value: value in ("auto", "standard_only"),
+    "speed": lambda value: isinstance(value, str),
+}
+MESSAGES_READ = frozenset(("model", "messages", "system", "tools", "tool_choice", "stream", "max_tokens", "stop_sequences",
+                           "temperature", "top_p", "top_k", "thinking", "output_config", "output_format", "metadata"))
 
 
-def messages_source(source: Any) -> Dict[str, Optional[str]]:
-    """media_type, data, url, file_id, text of an image or document source."""
-    source = source if isinstance(source, dict) else {}
-    data = text_or_none(source.get("data"))
-    is_text = source.get("type") == "text"
-    return {"media_type": text_or_none(source.get("media_type")), "data": None if is_text else data,
-            "text": data if is_text else None, "url": text_or_none(source.get("url")),
-            "file_id": text_or_none(source.get("file_id"))}
+# ---- reading: blocks --------------------------------------------------------
+
+
+def messages_some(body: Json, names: Iterable[str]) -> Optional[Json]:
+    """The named fields that are there, None when none is."""
+    return {name: body[name] for name in names if body.get(name) is not None} or None
+
+
+def messages_cache(block: Json) -> Optional[Json]:
+    """{"type":"ephemeral","ttl"} of a block or tool."""
+    mark = block.get("cache_control")
+    return mark if isinstance(mark, dict) else None
+
+
+def messages_arguments(given: Any) -> str:
+    """The arguments string of a `tool_use.input`. What was no JSON object has travelled as `_raw_arguments`."""
+    if isinstance(given, dict) and len(given) == 1 and isinstance(given.get("_raw_arguments"), str):
+        return given["_raw_arguments"]
+    return dump_json({} if given is None else given).decode()
+
+
+def messages_input(arguments: str) -> Json:
+    """The object of an arguments string: blank is {}, text that is no JSON object becomes {"_raw_arguments":"…"}."""
+    if not arguments.strip():
+        return {}
+    try:
+        value = parse_json(arguments.encode("utf-8", "surrogatepass"))
+    except ClientError:
+        value = None
+    return value if isinstance(value, dict) else {"_raw_arguments": arguments}
+
+
+def messages_citation_form(citation: Any, text: str, to_client: bool) -> Optional[Json]:
+    """A citation on this wire. One of the web needs an `encrypted_index` towards upstream and none towards clients,
+    so OpenAI's `url_citation` can be said to them, its place as the cited text."""
+    kind = name_in(citation, "type")
+    if kind in MESSAGES_CITATIONS and (to_client or kind != MESSAGES_WEB or citation.get("encrypted_index")):
+        return citation
+    if kind != "url_citation" or not to_client:
+        return None
+    start, end = citation.get("start_index"), citation.get("end_index")
+    cited = text[start:end] if type(start) is type(end) is int and start >= 0 else ""
+    return {"type": MESSAGES_WEB, "cited_text": cited, "url": text_or_none(citation.get("url")) or "",
+            "title": text_or_none(citation.get("title")), "encrypted_index": ""}
+
+
+def messages_text(block: Json) -> Text:
+    """{"type":"text","text","citations"}"""
+    given = block.get("citations")
+    return Text(text_or_none(block.get("text")) or "", given if isinstance(given, list) and given else None,
+                cache=messages_cache(block))
 
 
 def messages_image(block: Json) -> Image:
-    """An image block."""
-    source = messages_source(block.get("source"))
-    del source["text"]
-    return Image(cache=block.get("cache_control"), **source)
+    """{"type":"image","source":{"type":"base64","media_type","data"}|{"type":"url","url"}|{"type":"file","file_id"}}"""
+    source = block.get("source")
+    source = source if isinstance(source, dict) else {}
+    return Image(text_or_none(source.get("media_type")), text_or_none(source.get("data")), text_or_none(source.get("url")),
+                 text_or_none(source.get("file_id")), cache=messages_cache(block))
 
 
-def messages_document(block: Json) -> File:
-    """A document block."""
-    return File(name=text_or_none(block.get("title")), cache=block.get("cache_control"), **messages_source(block.get("source")))
+def messages_document(block: Json) -> Block:
+    """{"type":"document","source":{…},"title","context","citations"}; a source of several parts stays opaque."""
+    source = block.get("source")
+    source = source if isinstance(source, dict) else {}
+    kind, data = name_in(source, "type"), source.get("content" if source.get("type") == "content" else "data")
+    if kind == "content" and not isinstance(data, str):
+        return Opaque("document", block)
+    is_text = kind in ("text", "content")
+    return File(text_or_none(source.get("media_type")), None if is_text else text_or_none(data), text_or_none(source.get("url")),
+                (text_or_none(data) or "") if is_text else None, text_or_none(source.get("file_id")),
+                text_or_none(block.get("title")), cache=messages_cache(block), extra=messages_some(block, MESSAGES_FILE_EXTRA))
+
+
+def messages_thinking(block: Json) -> Thinking:
+    """{"type":"thinking","thinking","signature"}; an empty signature is none (Claude Code returns unsigned ones so)."""
+    return Thinking(text_or_none(block.get("thinking")) or "", text_or_none(block.get("signature")) or None)
 
 
 def messages_call(block: Json) -> ToolCall:
-    """A tool_use block; its input becomes the JSON text other dialects carry."""
-    return ToolCall(str(block.get("id") or ""), str(block.get("name") or ""), dump_json(block.get("input") or {}).decode(),
-                    cache=block.get("cache_control"))
+    """{"type":"tool_use","id","name","input":{…}}; the input becomes the JSON text that other dialects carry."""
+    return ToolCall(str(block.get("id") or ""), str(block.get("name") or ""), messages_arguments(block.get("input")),
+                    cache=messages_cache(block), extra=messages_some(block, MESSAGES_CALL_EXTRA))
 
 
 def messages_result(block: Json) -> ToolResult:
-    """A tool_result block."""
-    content = block.get("content")
+    """{"type":"tool_result","tool_use_id","content":"…"|[…],"is_error"}"""
+    content, is_error = block.get("content"), block.get("is_error")
     blocks = messages_content(content, "tool_result.content") if content is not None else []
-    return ToolResult(str(block.get("tool_use_id") or ""), blocks, block.get("is_error"), cache=block.get("cache_control"))
+    return ToolResult(str(block.get("tool_use_id") or ""), blocks, is_error if isinstance(is_error, bool) else None,
+                      cache=messages_cache(block))
 
 
 # block type -> how it enters the hub
 MESSAGES_BLOCKS: Dict[str, Callable[[Json], Block]] = {
-    "text": lambda block: Text(str(block.get("text") or ""), block.get("citations"), cache=block.get("cache_control")),
+    "text": messages_text,
     "image": messages_image,
     "document": messages_document,
-    "thinking": lambda block: Thinking(str(block.get("thinking") or ""), text_or_none(block.get("signature"))),
-    "redacted_thinking": lambda block: Thinking(redacted=text_or_none(block.get("data"))),
+    "thinking": messages_thinking,
+    "redacted_thinking": lambda block: Thinking(redacted=text_or_none(block.get("data")) or ""),
     "tool_use": messages_call,
     "tool_result": messages_result,
-    "tool_reference": lambda block: ToolReference(str(block.get("tool_name") or "")),
+    "tool_reference": lambda block: ToolReference(str(block.get("tool_name") or ""), cache=messages_cache(block)),
+    "compaction": lambda block: Compaction(text_or_none(block.get("encrypted_content")), text_or_none(block.get("content")),
+                                           cache=messages_cache(block)),
 }
 
 
@@ -1834,6 +4629,15 @@ def messages_block(block: Any) -> Block:
     return MESSAGES_BLOCKS[kind](block) if kind in MESSAGES_BLOCKS else Opaque(kind, block)
 
 
+def messages_answer_block(block: Any) -> Block:
+    """The hub's block of one content block of an answer. Results of the client's tools make no sense there, and
+    `_raw_arguments` is the model's own word: it may have read it in its history."""
+    kind = name_in(block, "type")
+    if kind == "tool_use":
+        return replace(messages_call(block), arguments=dump_json(block.get("input") or {}).decode())
+    return Opaque(kind, block) if kind == "tool_result" else messages_block(block)
+
+
 def messages_content(content: Any, path: str) -> List[Block]:
     """The blocks of a content field: string or list."""
     if isinstance(content, str):
@@ -1843,30 +4647,678 @@ def messages_content(content: Any, path: str) -> List[Block]:
     return [messages_block(block) for block in content]
 
 
+# ---- reading: requests ------------------------------------------------------
+
+
 def messages_message(message: Json, path: str) -> Message:
     """One wire message. `system` may stand anywhere: Claude Code puts it between turns (clients.md)."""
     role = name_in(message, "role")
     if role not in MESSAGES_ROLES:
         raise ClientError(f"{path}.role: expected user, assistant or system, got {message.get('role')!r}", param=f"{path}.role")
-    return Message(role, messages_content(message.get("content"), f"{path}.content"))
+    return Message(role, messages_content(message.get("content"), f"{path}.content"),
+                   {name: value for name, value in message.items() if name not in ("role", "content")} or None)
 
 
 def messages_tool(tool: Any) -> Tool:
-    """One entry of `tools`; a `type` beside `custom` is a server tool."""
+    """One entry of `tools`. A `type` beside `custom` is a server tool, kept whole in `extra`."""
     tool = tool if isinstance(tool, dict) else {}
-    own = tool.get("type") in (None, "custom")
-    return Tool(str(tool.get("name") or tool.get("type") or ""), text_or_none(tool.get("description")), tool.get("input_schema"),
-                kind="function" if own else "server", deferred=tool.get("defer_loading"), cache=tool.get("cache_control"))
+    kind, deferred, strict = name_in(tool, "type"), tool.get("defer_loading"), tool.get("strict")
+    own = kind in ("", "custom")
+    schema = tool.get("input_schema")
+    return Tool(str(tool.get("name") or kind), text_or_none(tool.get("description")), schema if isinstance(schema, dict) else None,
+                kind="function" if own else "server", deferred=deferred if isinstance(deferred, bool) else None,
+                strict=strict if isinstance(strict, bool) else None, cache=messages_cache(tool),
+                extra=messages_some(tool, MESSAGES_TOOL_EXTRA) if own else tool)
+
+
+def messages_choice(body: Json) -> Tuple[Optional[ToolChoice], Optional[bool]]:
+    """(choice, parallel) of `tool_choice`: {"type":"auto"|"any"|"tool"|"none","name","disable_parallel_tool_use"}."""
+    if body.get("tool_choice") is None:
+        return None, None
+    given = want_object(body["tool_choice"], "tool_choice")
+    mode = next((hub for hub, wire in MESSAGES_CHOICES if wire == given.get("type")), None)
+    alone = given.get("disable_parallel_tool_use")
+    return (ToolChoice(mode, text_or_none(given.get("name")) if mode == "tool" else None) if mode else None,
+            not alone if isinstance(alone, bool) else None)
+
+
+def messages_reasoning(body: Json, effort: Optional[str]) -> Optional[Reasoning]:
+    """The Reasoning of `thinking` and `output_config`; `effort` is what a late system message asks for this turn."""
+    thinking = want_object(body["thinking"], "thinking") if body.get("thinking") is not None else {}
+    output = want_object(body["output_config"], "output_config") if body.get("output_config") is not None else {}
+    mode = next((hub for hub, wire in MESSAGES_MODES if wire == thinking.get("type")), None)
+    reasoning = Reasoning(mode, effort or text_or_none(output.get("effort")), want_count(thinking, "budget_tokens"),
+                          MESSAGES_DISPLAYS.get(name_in(thinking, "display")))
+    return reasoning if reasoning != Reasoning() else None
+
+
+def messages_turn_effort(messages: Iterable[Message]) -> Optional[str]:
+    """The effort a system message behind the last answer asks for: {"role":"system","output_config":{"effort"}}."""
+    effort = None
+    for message in messages:
+        if message.role == "assistant":
+            effort = None
+        elif message.extra:
+            effort = name_in(message.extra.get("output_config"), "effort") or effort
+    return effort
+
+
+def messages_format(body: Json) -> Optional[OutputFormat]:
+    """The structure asked for: `output_config.format`, formerly `output_format`."""
+    output = body.get("output_config")
+    given = output.get("format") if isinstance(output, dict) else None
+    given = body.get("output_format") if given is None else given
+    if name_in(given, "type") != "json_schema":
+        return None
+    return OutputFormat(given["schema"] if isinstance(given.get("schema"), dict) else None)
+
+
+def messages_number(body: Json, name: str) -> Optional[float]:
+    """The number under `name`, None when absent or null."""
+    value = body.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise wrong_type(name, "a number", value)
+    return value
 
 
 def messages_usage(usage: Any, body: Json) -> Optional[Usage]:
-    """The hub's usage of a Messages usage object, where `input_tokens` leaves out what the cache holds."""
+    """The hub's usage of a Messages usage object, where `input_tokens` leaves out what the cache holds.
+
+    What was written to the cache stands in `cache_creation_input_tokens`, or split by lifetime in `cache_creation`.
+    """
     if not isinstance(usage, dict):
         return None
+    split = usage.get("cache_creation")
     read, write = count_or_zero(usage, "cache_read_input_tokens"), count_or_zero(usage, "cache_creation_input_tokens")
+    if not write and isinstance(split, dict):
+        write = sum(count_or_zero(split, name) for name in split)
     return Usage(input=count_or_zero(usage, "input_tokens") + read + write, output=count_or_zero(usage, "output_tokens"),
                  cache_read=read, cache_write=write,
                  reasoning=count_or_zero(usage, "output_tokens_details", "thinking_tokens"), billed_nano=billed_nano(body))
+
+
+def messages_later_usage(first: Json, later: Any) -> Json:
+    """The usage of message_start overridden by that of message_delta: cumulative, the most accurate (copilot-upstream 7.3)."""
+    if not isinstance(later, dict):
+        return first
+    said = {name: later[name] for name in MESSAGES_USAGE if later.get(name) is not None}
+    if "cache_creation_input_tokens" in said and "cache_creation" not in said:
+        said["cache_creation"] = None
+    return {**first, **said}
+
+
+# ---- writing: blocks --------------------------------------------------------
+
+
+def messages_marked(wire: Json, block: Any) -> Json:
+    """The wire form under its cache breakpoint."""
+    if block.cache is not None:
+        wire["cache_control"] = block.cache
+    return wire
+
+
+def messages_extended(wire: Json, block: Any, names: Iterable[str]) -> Json:
+    """The wire form with the fields of `extra` that belong to it."""
+    wire.update(messages_some(block.extra or {}, names) or {})
+    return messages_marked(wire, block)
+
+
+def messages_text_form(block: Text, to_client: bool) -> Optional[Json]:
+    """A text block; an empty one is refused by upstream and may not enter a client's history."""
+    if not block.text:
+        return None
+    wire: Json = {"type": "text", "text": block.text}
+    citations = [messages_citation_form(citation, block.text, to_client) for citation in block.citations or ()]
+    if any(citations):
+        wire["citations"] = [citation for citation in citations if citation]
+    return messages_marked(wire, block)
+
+
+def messages_image_form(block: Image, to_client: bool) -> Optional[Json]:
+    """An image block of what is known of it."""
+    if block.data is not None:
+        source = {"type": "base64", "media_type": block.media_type or "image/png", "data": block.data}
+    elif block.url is not None or block.file_id is not None:
+        source = {"type": "url", "url": block.url} if block.url is not None else {"type": "file", "file_id": block.file_id}
+    else:
+        return None
+    return messages_marked({"type": "image", "source": source}, block)
+
+
+def messages_document_form(block: File, to_client: bool) -> Optional[Json]:
+    """A document block: PDFs as base64, texts as text (the dialect has no other kinds), or where it can be had."""
+    text = messages_plain_text(block)
+    if text is not None:
+        source: Json = {"type": "text", "media_type": "text/plain", "data": text}
+    elif block.data is not None:
+        source = {"type": "base64", "media_type": block.media_type or "application/pdf", "data": block.data}
+    elif block.url is not None or block.file_id is not None:
+        source = {"type": "url", "url": block.url} if block.url is not None else {"type": "file", "file_id": block.file_id}
+    else:
+        return None
+    wire = {"type": "document", "source": source}
+    if block.name is not None:
+        wire["title"] = block.name
+    return messages_extended(wire, block, MESSAGES_FILE_EXTRA)
+
+
+def messages_plain_text(block: File) -> Optional[str]:
+    """The text of a text file, given as such or as base64 of a `text/…` type; None for other files."""
+    if block.text is not None or block.data is None or not (block.media_type or "").startswith("text/"):
+        return block.text
+    try:
+        return base64.b64decode(block.data).decode("utf-8")
+    except ValueError:
+        return None
+
+
+def messages_thinking_form(block: Thinking, to_client: bool) -> Optional[Json]:
+    """A thinking block. Upstream takes signed ones only; a client gets `"signature":""`, its SDKs want the field."""
+    if block.redacted is not None:
+        return {"type": "redacted_thinking", "data": block.redacted}
+    if not to_client and not block.signature:
+        return None
+    return {"type": "thinking", "thinking": block.text, "signature": block.signature or ""}
+
+
+def messages_call_form(block: ToolCall, to_client: bool) -> Json:
+    """A tool_use block."""
+    wire = {"type": "tool_use", "id": block.id, "name": block.name, "input": messages_input(block.arguments)}
+    return messages_extended(wire, block, MESSAGES_CALL_EXTRA)
+
+
+def messages_result_form(block: ToolResult, to_client: bool) -> Json:
+    """A tool_result block; one plain text is said as a string, nothing is left out."""
+    wire: Json = {"type": "tool_result", "tool_use_id": block.call_id}
+    only = block.content[0] if len(block.content) == 1 else None
+    if isinstance(only, Text) and only == Text(only.text):
+        wire["content"] = only.text
+    elif block.content:
+        wire["content"] = messages_forms(block.content, MESSAGES_INSIDE)
+    if block.is_error is not None:
+        wire["is_error"] = block.is_error
+    return messages_marked(wire, block)
+
+
+def messages_stand_in(block: Compaction, to_client: bool) -> Optional[Block]:
+    """What is written for a compaction: a summary as text. Sealed state goes to a client as the signature of a thinking
+    block: those it keeps, unknown blocks it may not (gateway-features 8.5)."""
+    if block.summary:
+        return Text(block.summary, cache=block.cache)
+    return Thinking(signature=block.sealed) if to_client and block.sealed else None
+
+
+def messages_compaction_form(block: Compaction, to_client: bool) -> Optional[Json]:
+    """The wire form of its stand-in."""
+    stand_in = messages_stand_in(block, to_client)
+    return MESSAGES_WRITERS[type(stand_in)](stand_in, to_client) if stand_in is not None else None
+
+
+def messages_opaque_form(block: Opaque, to_client: bool) -> Optional[Json]:
+    """A block of this dialect as it came; nothing of others."""
+    return block.raw if block.kind in MESSAGES_OPAQUE and name_in(block.raw, "type") == block.kind else None
+
+
+# hub type -> its wire form, None where nothing is to be written
+MESSAGES_WRITERS: Dict[type, Callable[[Any, bool], Optional[Json]]] = {
+    Text: messages_text_form, Image: messages_image_form, File: messages_document_form, Thinking: messages_thinking_form,
+    ToolCall: messages_call_form, ToolResult: messages_result_form, Compaction: messages_compaction_form, Opaque: messages_opaque_form,
+    Refusal: lambda block, to_client: messages_marked({"type": "text", "text": block.text}, block) if block.text else None,
+    ToolReference: lambda block, to_client: messages_marked({"type": "tool_reference", "tool_name": block.name}, block),
+}
+# what may stand where
+MESSAGES_SIDES: Dict[str, Tuple[type, ...]] = {
+    "user": (Text, Image, File, ToolResult, Refusal, Compaction, Opaque),
+    "assistant": (Text, Thinking, ToolCall, Refusal, Compaction, Opaque),
+}
+MESSAGES_INSIDE = (Text, Image, File, ToolReference, Refusal, Opaque)  # inside a tool_result
+
+
+def messages_forms(blocks: Iterable[Block], allowed: Tuple[type, ...], to_client: bool = False) -> List[Json]:
+    """The wire forms of those blocks that may stand there and can be said."""
+    forms = [MESSAGES_WRITERS[type(block)](block, to_client) for block in blocks if isinstance(block, allowed)]
+    return [form for form in forms if form is not None]
+
+
+# ---- writing: requests ------------------------------------------------------
+
+
+def messages_reminder(message: Message) -> Message:
+    """A late system or developer message as part of the user's turn, where it stands (DESIGN 8, "Late `system` messages")."""
+    return Message("user", [replace(block, text=f"<system-reminder>\n{block.text}\n</system-reminder>")
+                            if isinstance(block, Text) and block.text and not block.text.startswith("<system-reminder>") else block
+                            for block in message.content if isinstance(block, (Text, Image, File))])
+
+
+def messages_turns(messages: Iterable[Message]) -> List[Json]:
+    """The wire messages: neighbours of one side are one, and of a user's blocks the tool results come first
+    (API reference "Tool use": text before a result is refused)."""
+    turns: List[Tuple[str, List[Json]]] = []
+    for message in messages:
+        message = message if message.role in MESSAGES_SIDES else messages_reminder(message)
+        blocks = messages_forms(message.content, MESSAGES_SIDES[message.role])
+        if turns and turns[-1][0] == message.role:
+            turns[-1][1].extend(blocks)
+        elif blocks:
+            turns.append((message.role, blocks))
+    for role, blocks in turns:
+        blocks.sort(key=lambda block: role == "user" and block["type"] != "tool_result")
+    return [{"role": role, "content": messages_bare(blocks)} for role, blocks in turns]
+
+
+def messages_bare(blocks: List[Json]) -> Any:
+    """A single plain text as a string, else the list."""
+    return blocks[0]["text"] if len(blocks) == 1 and list(blocks[0]) == ["type", "text"] else blocks
+
+
+def messages_tool_form(tool: Tool) -> Optional[Json]:
+    """One entry of `tools`; server tools of other dialects have none."""
+    if tool.kind == "server":
+        return tool.extra if tool.extra and MESSAGES_SERVER_TOOL.search(name_in(tool.extra, "type")) else None
+    wire: Json = {"name": tool.name, "input_schema": MESSAGES_NO_SCHEMA if tool.schema is None else tool.schema}
+    if tool.description is not None:
+        wire["description"] = tool.description
+    if tool.deferred is not None:
+        wire["defer_loading"] = tool.deferred
+    if tool.strict:  # the default is said by silence: hosts without the feature refuse the field
+        wire["strict"] = True
+    wire.update(messages_some(tool.extra or {}, MESSAGES_TOOL_EXTRA) or {})
+    if tool.cache is not None:
+        wire["cache_control"] = tool.cache
+    return wire
+
+
+def messages_choice_form(choice: Optional[ToolChoice], parallel: Optional[bool]) -> Optional[Json]:
+    """`tool_choice`, None where its default says the same."""
+    if choice is None:
+        return {"type": "auto", "disable_parallel_tool_use": True} if parallel is False else None
+    kind = next((wire for hub, wire in MESSAGES_CHOICES if hub == choice.mode), None)
+    if kind is None or kind == "tool" and not choice.name:
+        return None
+    entry: Json = {"type": kind}
+    if kind == "tool":
+        entry["name"] = choice.name
+    if parallel is not None and kind != "none":
+        entry["disable_parallel_tool_use"] = not parallel
+    return entry
+
+
+def messages_mode(asked: Reasoning) -> Optional[str]:
+    """off | on | adaptive, from the other fields where it was not said."""
+    if asked.effort == "none":
+        return "off"
+    if asked.mode is not None:
+        return asked.mode
+    if asked.budget is not None:
+        return "on" if asked.budget > 0 else "adaptive" if asked.budget < 0 else "off"
+    return "adaptive" if asked.effort or asked.visible else None
+
+
+def messages_budget(asked: Reasoning, max_tokens: Optional[int]) -> Optional[int]:
+    """`budget_tokens`, None when `max_tokens` leaves no room. A budget made of an effort leaves half to the answer."""
+    stated = asked.budget is not None and asked.budget > 0
+    budget = asked.budget if stated else budget_of_effort(asked.effort or "medium")
+    if max_tokens is not None:
+        budget = min(budget, max_tokens - 1 if stated else max_tokens // 2)
+    budget = max(budget, MESSAGES_MIN_BUDGET)
+    return budget if max_tokens is None or budget < max_tokens else None
+
+
+def messages_reasoning_form(request: Request) -> Tuple[Optional[Json], Optional[str]]:
+    """(`thinking`, `output_config.effort`). Beside a forced tool thinking cannot be asked for ("Extended thinking")."""
+    asked = request.reasoning
+    if asked is None:
+        return None, None
+    mode = messages_mode(asked)
+    effort = MESSAGES_EFFORTS.get(asked.effort, asked.effort) if asked.effort != "none" else None
+    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
+    if mode in ("on", "adaptive") and forced:
+        return None, None
+    if mode is None or mode == "off":
+        return {"type": "disabled"} if mode else None, effort
+    thinking: Json = {"type": "adaptive"}
+    if mode == "on":
+        budget = messages_budget(asked, request.max_tokens)
+        effort = effort if asked.budget else None
+        if budget is None:
+            return {"type": "disabled"}, effort
+        thinking = {"type": "enabled", "budget_tokens": budget}
+    if asked.visible is not None:
+        thinking["display"] = "summarized" if asked.visible else "omitted"
+    return thinking, effort
+
+
+def messages_sampling(request: Request, thinks: bool) -> Json:
+    """temperature (0 to 1), top_p, top_k; thinking allows no change but a `top_p` from 0.95 ("Extended thinking")."""
+    fields: Json = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
+    if fields["temperature"] is not None:
+        fields["temperature"] = min(fields["temperature"], 1)
+    if thinks:
+        fields["top_k"] = None
+        fields["temperature"] = 1 if fields["temperature"] == 1 else None
+        fields["top_p"] = fields["top_p"] if fields["top_p"] is not None and fields["top_p"] >= 0.95 else None
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def messages_usage_form(usage: Optional[Usage]) -> Json:
+    """The wire's usage object; zeros where nothing is known: opencode fails without the object, the SDKs without numbers."""
+    usage = usage or Usage()
+    wire: Json = {"input_tokens": max(0, usage.input - usage.cache_read - usage.cache_write),
+                  "cache_creation_input_tokens": usage.cache_write, "cache_read_input_tokens": usage.cache_read,
+                  "cache_creation": {"ephemeral_5m_input_tokens": usage.cache_write, "ephemeral_1h_input_tokens": 0},
+                  "output_tokens": usage.output}
+    if usage.reasoning:
+        wire["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return wire
+
+
+def messages_billed(body: Json, usage: Optional[Usage]) -> Json:
+    """The body with Copilot's own figure beside it."""
+    if usage is not None and usage.billed_nano is not None:
+        body["copilot_usage"] = {"total_nano_aiu": usage.billed_nano}
+    return body
+
+
+# ---- streams ----------------------------------------------------------------
+
+
+class OpenMessagesBlock:
+    """A block of an upstream stream that is not closed yet."""
+
+    __slots__ = ("number", "block", "flows", "heard", "parts", "signature", "citations")
+
+    def __init__(self, number: int, block: Block) -> None:
+        self.number = number
+        self.block = block
+        self.flows = main_text(block) is not None  # its deltas are the hub's
+        self.heard = False  # a delta came
+        self.parts: List[str] = []  # deltas of a block that comes whole in the hub
+        self.signature = getattr(block, "signature", None) or ""
+        self.citations: List[Any] = getattr(block, "citations", None) or []
+
+    def rest(self) -> Optional[str]:
+        """What of the arguments stood in content_block_start and no delta said."""
+        return self.block.arguments if isinstance(self.block, ToolCall) and not self.heard else None
+
+    def final(self) -> Optional[Block]:
+        """The final form, where only the end tells it."""
+        block, said = self.block, "".join(self.parts)
+        if isinstance(block, Thinking) and self.signature:
+            return replace(block, text="", signature=self.signature)
+        if isinstance(block, Text) and self.citations:
+            return replace(block, text="", citations=self.citations)
+        if isinstance(block, Opaque) and said and block.kind.endswith("tool_use"):
+            value = load_object(said)
+            return block if value is None else Opaque(block.kind, {**block.raw, "input": value})
+        if isinstance(block, Compaction):
+            return replace(block, summary=said or block.summary, sealed=self.signature or block.sealed)
+        return None
+
+
+class MessagesReader:
+    """Reads the events of one stream: a method for each, which appends what it means (MESSAGES_EVENTS)."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Any, OpenMessagesBlock] = {}  # by upstream's index
+        self._opened = 0
+        self._usage: Json = {}
+        self._billed: Optional[int] = None
+        self._delta: Json = {}  # of message_delta
+
+    def message_start(self, body: Json, events: List[Event]) -> None:
+        message = body.get("message")
+        message = message if isinstance(message, dict) else {}
+        self._usage = message["usage"] if isinstance(message.get("usage"), dict) else {}
+        self._billed = billed_nano(body) or billed_nano(message)
+        events.append(ReplyStart(text_or_none(message.get("id")) or "", text_or_none(message.get("model")) or "", 0,
+                                 self._said()))
+
+    def _said(self) -> Optional[Usage]:
+        usage = messages_usage(self._usage or None, {})
+        return replace(usage, billed_nano=self._billed) if usage is not None and self._billed else usage
+
+    def block_start(self, body: Json, events: List[Event]) -> None:
+        """{"index","content_block"}; an index that is still open is closed first."""
+        block = messages_answer_block(body.get("content_block"))
+        index = body.get("index")
+        index = index if type(index) is int else self._opened
+        if index in self._open:
+            self._close(index, events)
+        opened = self._open[index] = OpenMessagesBlock(self._opened, block)
+        self._opened += 1
+        text = None if isinstance(block, ToolCall) else main_text(block)
+        events.append(BlockStart(opened.number, opening(block) if opened.flows else block))
+        if text:
+            events.append(BlockDelta(opened.number, text))
+
+    def block_delta(self, body: Json, events: List[Event]) -> None:
+        """{"index","delta":{"type",…}}"""
+        try:
+            opened, delta = self._open[body["index"]], body["delta"]
+            kind = delta["type"]
+            text = delta[MESSAGES_DELTAS[kind]]
+        except (KeyError, TypeError):
+            return
+        if kind in MESSAGES_TEXT_DELTAS:
+            if text and type(text) is str:
+                opened.heard = True
+                if opened.flows:
+                    events.append(BlockDelta(opened.number, text))
+                else:
+                    opened.parts.append(text)
+        elif kind == "citations_delta":
+            opened.citations = opened.citations + [text]
+        elif kind == "signature_delta":
+            opened.signature += text_or_none(text) or ""
+        else:
+            opened.parts.append(text_or_none(text) or "")
+            opened.signature += text_or_none(delta.get("encrypted_content")) or ""
+
+    def block_stop(self, body: Json, events: List[Event]) -> None:
+        index = body.get("index")
+        if type(index) is int and index in self._open:
+            self._close(index, events)
+        elif type(index) is not int and self._open:
+            self._close(next(reversed(self._open)), events)
+
+    def _close(self, index: int, events: List[Event]) -> None:
+        opened = self._open.pop(index)
+        rest = opened.rest()
+        if rest:
+            events.append(BlockDelta(opened.number, rest))
+        events.append(BlockStop(opened.number, opened.final()))
+
+    def message_delta(self, body: Json, events: List[Event]) -> None:
+        self._usage = messages_later_usage(self._usage, body.get("usage"))
+        self._billed = billed_nano(body) or self._billed
+        if isinstance(body.get("delta"), dict):
+            self._delta = {**self._delta, **body["delta"]}
+
+    def message_stop(self, body: Json, events: List[Event]) -> None:
+        self._billed = billed_nano(body) or self._billed
+        events.append(ReplyStop(stop_meaning(MESSAGES, self._delta.get("stop_reason")), self._said(),
+                                text_or_none(self._delta.get("stop_sequence"))))
+
+    def ping(self, body: Json, events: List[Event]) -> None:
+        events.append(Pulse())
+
+    def error(self, body: Json, events: List[Event]) -> None:
+        events.append(Fault(stream_failure(body)))
+
+
+# delta type -> the field that holds what is new
+MESSAGES_DELTAS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+                   "signature_delta": "signature", "citations_delta": "citation", "compaction_delta": "content"}
+MESSAGES_TEXT_DELTAS = frozenset(("text_delta", "thinking_delta", "input_json_delta"))
+MESSAGES_EVENTS: Dict[str, Callable[[MessagesReader, Json, List[Event]], None]] = {
+    "content_block_delta": MessagesReader.block_delta, "content_block_start": MessagesReader.block_start,
+    "content_block_stop": MessagesReader.block_stop, "message_start": MessagesReader.message_start,
+    "message_delta": MessagesReader.message_delta, "message_stop": MessagesReader.message_stop,
+    "ping": MessagesReader.ping, "error": MessagesReader.error,
+}
+
+
+class MessagesWriter:
+    """Writes a stream with one block open at a time (see `sequence`): a method for each event (MESSAGES_FRAMES).
+
+    Blocks get their own numbers: what the dialect cannot say (an image in an answer) leaves no gap, an empty text
+    neither. Arguments stream as they come when they open like an object; others wait and leave as `_raw_arguments`,
+    or the SDKs raise at the first piece that is no JSON.
+    """
+
+    def __init__(self, codec: MessagesCodec) -> None:
+        self._codec = codec
+        self._usage: Optional[Usage] = None
+        self._number = -1
+        self._block: Block = Text("")
+        self._head = ""  # a delta frame up to its text
+        self._said: List[str] = []  # what of the block has gone out
+        self._pending: Optional[Frame] = None  # the start of a text that has said nothing yet
+        self._held: List[str] = []  # arguments that do not open like an object, or not yet
+        self._raw = False  # they do not
+
+    def start(self, event: ReplyStart, frames: List[Frame]) -> None:
+        self._usage = event.usage
+        message = {"id": event.id, "type": "message", "role": "assistant", "model": event.model, "content": [],
+                   "stop_reason": None, "stop_sequence": None, "usage": messages_usage_form(event.usage)}
+        frames.append(messages_frame("message_start", **messages_billed({"message": message}, event.usage)))
+
+    def block_start(self, event: BlockStart, frames: List[Frame]) -> None:
+        """Opens a block that streams; a text waits for its first word."""
+        block = self._block = event.block
+        self._said, self._pending, self._held, self._raw = [], None, [], False
+        if not messages_streams(block):
+            return
+        form, kind = MESSAGES_OPENINGS[type(block)]
+        if isinstance(block, ToolCall):
+            form = messages_extended({**form, "id": block.id, "name": block.name}, block, MESSAGES_CALL_EXTRA)
+        self._number += 1
+        self._head = f'{{"type":"content_block_delta","index":{self._number},"delta":{{"type":"{kind}","{MESSAGES_DELTAS[kind]}":'
+        start = messages_frame("content_block_start", index=self._number, content_block=form)
+        if isinstance(block, (Text, Refusal)):
+            self._pending = start
+        else:
+            frames.append(start)
+        if main_text(block):
+            self._first(main_text(block) or "", frames)
+
+    def block_delta(self, event: BlockDelta, frames: List[Frame]) -> None:
+        if self._said:
+            self._said.append(event.text)
+            frames.append(Frame("content_block_delta", f"{self._head}{encode_basestring_ascii(event.text)}}}}}"))
+        elif event.text:
+            self._first(event.text, frames)
+
+    def _first(self, text: str, frames: List[Frame]) -> None:
+        """What a block says before anything of it has gone out."""
+        if not messages_streams(self._block):
+            return
+        if isinstance(self._block, ToolCall):
+            self._raw = self._raw or text.lstrip()[:1] not in ("", "{")
+            self._held.append(text)
+            if self._raw or not text.strip():
+                return
+            text, self._held = "".join(self._held), []
+        if self._pending is not None:
+            frames.append(self._pending)
+            self._pending = None
+        self._said.append(text)
+        frames.append(Frame("content_block_delta", f"{self._head}{encode_basestring_ascii(text)}}}}}"))
+
+    def block_stop(self, event: BlockStop, frames: List[Frame]) -> None:
+        """What only the end tells, and the end."""
+        final = self._block if event.block is None else event.block
+        if not messages_streams(self._block):
+            self._whole(final, frames)
+            return
+        if not self._said:
+            self._late(final, frames)
+        if self._pending is not None:  # a text that said nothing is not worth a block
+            self._number -= 1
+            return
+        for delta in messages_closing(final, self._said):
+            frames.append(messages_frame("content_block_delta", index=self._number, delta=delta))
+        frames.append(Frame("content_block_stop", f'{{"type":"content_block_stop","index":{self._number}}}'))
+
+    def _late(self, final: Block, frames: List[Frame]) -> None:
+        """The text that only the final form told, and arguments that were held."""
+        text = "".join(self._held) or main_text(final)
+        self._held, self._raw = [], False
+        if text and isinstance(self._block, ToolCall):
+            text = text if text.lstrip()[:1] == "{" else dump_json(messages_input(text), ascii_only=True).decode()
+        if text:
+            self._first(text, frames)
+
+    def _whole(self, block: Block, frames: List[Frame]) -> None:
+        """A block that comes in one piece; a server tool's input still goes as a delta, clients read it only there."""
+        stand_in = messages_stand_in(block, True) if isinstance(block, Compaction) else None
+        if stand_in is not None:
+            self.block_start(BlockStart(0, opening(stand_in)), frames)
+            self.block_stop(BlockStop(0, stand_in), frames)
+            return
+        for wire in messages_forms([block], MESSAGES_SIDES["assistant"], to_client=True):
+            self._number += 1
+            given = wire.get("input") if wire["type"].endswith("tool_use") else None
+            start = {**wire, "input": {}} if isinstance(given, dict) else wire
+            frames.append(messages_frame("content_block_start", index=self._number, content_block=start))
+            if isinstance(given, dict) and given:
+                delta = {"type": "input_json_delta", "partial_json": dump_json(given).decode()}
+                frames.append(messages_frame("content_block_delta", index=self._number, delta=delta))
+            frames.append(Frame("content_block_stop", f'{{"type":"content_block_stop","index":{self._number}}}'))
+
+    def stop(self, event: ReplyStop, frames: List[Frame]) -> None:
+        usage = event.usage or self._usage
+        body = {"delta": {"stop_reason": stop_word(MESSAGES, event.reason), "stop_sequence": event.sequence},
+                "usage": messages_usage_form(usage)}
+        frames.append(messages_frame("message_delta", **messages_billed(body, usage)))
+        frames.append(Frame("message_stop", '{"type":"message_stop"}'))
+
+    def fault(self, event: Fault, frames: List[Frame]) -> None:
+        frames.append(messages_frame(**self._codec.encode_error(UpstreamError(event.failure))))
+
+    def pulse(self, event: Pulse, frames: List[Frame]) -> None:
+        frames.append(Frame("ping", '{"type":"ping"}'))
+
+
+MESSAGES_FRAMES: Dict[type, Callable[[MessagesWriter, Any, List[Frame]], None]] = {
+    BlockDelta: MessagesWriter.block_delta, BlockStart: MessagesWriter.block_start, BlockStop: MessagesWriter.block_stop,
+    ReplyStart: MessagesWriter.start, ReplyStop: MessagesWriter.stop, Fault: MessagesWriter.fault, Pulse: MessagesWriter.pulse,
+}
+# blocks that stream -> (content_block of their start, type of their deltas)
+MESSAGES_OPENINGS: Dict[type, Tuple[Json, str]] = {
+    Text: ({"type": "text", "text": ""}, "text_delta"),
+    Refusal: ({"type": "text", "text": ""}, "text_delta"),
+    Thinking: ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta"),
+    ToolCall: ({"type": "tool_use", "id": "", "name": "", "input": {}}, "input_json_delta"),
+}
+
+
+def messages_streams(block: Block) -> bool:
+    """Whether a block goes out as it comes."""
+    return type(block) in MESSAGES_OPENINGS and not (isinstance(block, Thinking) and block.redacted is not None)
+
+
+def messages_closing(final: Block, said: List[str]) -> List[Json]:
+    """What a block says only at its end, as deltas; `said` is what it has said before.
+
+    A thinking block without a signature gets no empty one: clients send back what they were given, and one that was
+    given none drops the block itself or says so with "" (clients.md: either way is fine).
+    """
+    if isinstance(final, Thinking) and final.signature:
+        return [{"type": "signature_delta", "signature": final.signature}]
+    if isinstance(final, Text):
+        text = final.text or "".join(said) if final.citations else ""
+        citations = [messages_citation_form(citation, text, True) for citation in final.citations or ()]
+        return [{"type": "citations_delta", "citation": citation} for citation in citations if citation]
+    return []
+
+
+def messages_frame(type: str, **fields: Any) -> Frame:
+    """One frame; its event is its body's `type`."""
+    return Frame(type, dump_json({"type": type, **fields}).decode())
+
+
+# ---- the codec --------------------------------------------------------------
 
 
 class MessagesCodec(Codec):
@@ -1877,19 +5329,92 @@ class MessagesCodec(Codec):
 
     def decode_request(self, body: Json) -> Request:
         """The Request of a body; `system` becomes the first message."""
-        messages = want_list(body, "messages")
-        if not messages:
+        turns = [messages_message(want_object(message, f"messages.{at}"), f"messages.{at}")
+                 for at, message in enumerate(want_list(body, "messages"))]
+        if not turns:
             raise ClientError("messages: at least one message is required", param="messages")
-        system = body.get("system")
-        turns = [] if system is None else [Message("system", messages_content(system, "system"))]
+        if body.get("system") is not None:
+            turns.insert(0, Message("system", messages_content(body["system"], "system")))
+        choice, parallel = messages_choice(body)
         metadata = body.get("metadata")
+        metadata = dict(metadata) if isinstance(metadata, dict) else {}
+        user = text_or_none(metadata.pop("user_id", None))
+        stop = None if body.get("stop_sequences") is None else want_list(body, "stop_sequences")
         return Request(
-            model=want_model(body), stream=want_flag(body, "stream"),
-            messages=turns + [messages_message(want_object(message, f"messages.{at}"), f"messages.{at}")
-                              for at, message in enumerate(messages)],
-            tools=[messages_tool(tool) for tool in want_list(body, "tools")], tool_choice=body.get("tool_choice"),
-            max_tokens=want_count(body, "max_tokens"), stop=body.get("stop_sequences"),
-            user=text_or_none(metadata.get("user_id")) if isinstance(metadata, dict) else None)
+            model=want_model(body), messages=canonical(turns), tools=[messages_tool(tool) for tool in want_list(body, "tools")],
+            tool_choice=choice, parallel_tools=parallel, stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_tokens"),
+            stop=stop if stop is None else [text for text in stop if isinstance(text, str)],
+            temperature=messages_number(body, "temperature"), top_p=messages_number(body, "top_p"), top_k=want_count(body, "top_k"),
+            reasoning=messages_reasoning(body, messages_turn_effort(turns)), output=messages_format(body), user=user,
+            metadata=metadata or None, extra={name: value for name, value in body.items() if name not in MESSAGES_READ} or None)
+
+    def encode_request(self, request: Request) -> Json:
+        """The body that asks the same. Leading system and developer messages are `system`, later ones reminders."""
+        lead = next((at for at, message in enumerate(request.messages) if message.role in MESSAGES_SIDES), len(request.messages))
+        system = messages_forms((block for message in request.messages[:lead] for block in message.content), (Text, Refusal, Compaction))
+        thinking, effort = messages_reasoning_form(request)
+        tools = [entry for entry in map(messages_tool_form, request.tools) if entry is not None]
+        choice = messages_choice_form(request.tool_choice, request.parallel_tools) if tools else None
+        stop = [text for text in request.stop or () if text.strip()]  # blank ones are refused
+        output = {"effort": effort, "format": {"type": "json_schema", "schema": request.output.schema}
+                  if request.output is not None and request.output.schema is not None else None}
+        fields: Json = {
+            "model": request.model, "max_tokens": request.max_tokens, "system": messages_bare(system) if system else None,
+            "messages": messages_turns(request.messages[lead:]), "tools": tools or None, "tool_choice": choice,
+            "stream": request.stream or None, "stop_sequences": stop or None,
+            **messages_sampling(request, thinking is not None and thinking["type"] != "disabled"), "thinking": thinking,
+            "output_config": {name: value for name, value in output.items() if value is not None} or None,
+            "metadata": {"user_id": request.user} if request.user is not None else None}
+        if fields["max_tokens"] is None:
+            fields["max_tokens"] = MESSAGES_MAX_TOKENS + (thinking or {}).get("budget_tokens", 0)
+        if not fields["messages"] and fields["system"] is not None:  # a conversation needs a turn
+            fields["messages"], fields["system"] = [{"role": "user", "content": fields["system"]}], None
+        fields.update((name, value) for name, value in (request.extra or {}).items()
+                      if name in MESSAGES_EXTRA and MESSAGES_EXTRA[name](value))
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def decode_reply(self, body: Json) -> Reply:
+        """The Reply of a whole answer; raises UpstreamError for an error object."""
+        if body.get("type") == "error" or is_error_object(body):
+            raise UpstreamError(stream_failure(body))
+        content = body.get("content")
+        content = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+        return Reply(text_or_none(body.get("id")) or "", text_or_none(body.get("model")) or "", 0,
+                     [messages_answer_block(block) for block in content], stop_meaning(MESSAGES, body.get("stop_reason")),
+                     text_or_none(body.get("stop_sequence")), messages_usage(body.get("usage"), body))
+
+    def encode_reply(self, reply: Reply, asked: Optional[Request] = None) -> Json:
+        """{"id","type":"message","role":"assistant","model","content":[…],"stop_reason","stop_sequence","usage":{…}};
+        nothing of what was `asked` is repeated."""
+        body = {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
+                "content": messages_forms(reply.content, MESSAGES_SIDES["assistant"], to_client=True),
+                "stop_reason": stop_word(MESSAGES, reply.stop_reason), "stop_sequence": reply.stop_sequence,
+                "usage": messages_usage_form(reply.usage)}
+        return messages_billed(body, reply.usage)
+
+    def decode_stream(self, batches: Iterable[List[Frame]]) -> Iterator[List[Event]]:
+        """The events of upstream's frames; `[DONE]` and comments say nothing here."""
+        reader = MessagesReader()
+        for frames in batches:
+            events: List[Event] = []
+            for frame in frames:
+                body = load_object(frame.data)
+                if body is None:
+                    continue
+                kind = body.get("type", "error" if "error" in body else frame.event)
+                read = MESSAGES_EVENTS.get(kind) if type(kind) is str else None
+                if read is not None:
+                    read(reader, body, events)
+            yield events
+
+    def encode_stream(self, batches: Iterable[List[Event]], asked: Optional[Request] = None) -> Iterator[List[Frame]]:
+        """The frames of a lawful stream; nothing of what was `asked` is repeated."""
+        writer = MessagesWriter(self)
+        for events in sequence(batches):
+            frames: List[Frame] = []
+            for event in events:
+                MESSAGES_FRAMES[type(event)](writer, event, frames)
+            yield frames
 
     def encode_error(self, error: ProxyError) -> Json:
         """{"type":"error","error":{"type","message"}}, overflow in the words Claude Code compacts on."""
@@ -1973,10 +5498,10 @@ class MessagesMeter(Meter):
     def _learn(self) -> None:
         """Reads the newest message_delta: its usage is cumulative and the most accurate (copilot-upstream 7.3)."""
         last = next((event for event in self._last_objects() if event.get("type") == "message_delta"), {})
-        delta, usage = last.get("delta"), last.get("usage")
+        delta = last.get("delta")
         self.stop_reason = text_or_none(delta.get("stop_reason")) if isinstance(delta, dict) else None
-        later = {name: usage[name] for name in MESSAGES_USAGE if usage.get(name) is not None} if isinstance(usage, dict) else {}
-        self.usage = messages_usage({**self._usage, **later}, last) if self._usage or later else None
+        usage = messages_later_usage(self._usage, last.get("usage"))
+        self.usage = messages_usage(usage, last) if usage else None
         if self.usage is not None and self.usage.billed_nano is None:
             self.usage.billed_nano = self._billed
 
@@ -1984,8 +5509,1041 @@ class MessagesMeter(Meter):
 ###############################################################################
 #                                   Gemini                                    #
 ###############################################################################
-# The codec of generateContent, streamGenerateContent, countTokens and the
-# embedding verbs will live here; until then its routes answer 404.
+# POST /v1beta/models/{model}:generateContent and :streamGenerateContent, the token counter and the embedding verbs.
+# ai.google.dev API reference "Generating content", "Function calling", "Thought signatures", 2026-11; types of google-genai 3.6.1;
+# what its clients send: clients.md. The body names no model and no stream: both stand in the path, and whoever reads or
+# writes the path moves them into or out of the body (`model`, `stream`).
+#
+#   {"systemInstruction":{"parts":[{"text"}]},"contents":[{"role":"user","parts":[{"text"},{"inlineData":{"mimeType","data"}},
+#     {"fileData":{"mimeType","fileUri"}},{"functionResponse":{"id","name","response":{"output"|"error"},"parts":[…]}}]},
+#     {"role":"model","parts":[{"text","thought":true},{"functionCall":{"id","name","args":{}},"thoughtSignature":"…"}]}],
+#    "tools":[{"functionDeclarations":[{"name","description","parameters"|"parametersJsonSchema"}]},{"googleSearch":{}}],
+#    "toolConfig":{"functionCallingConfig":{"mode":"AUTO"|"ANY"|"NONE"|"VALIDATED","allowedFunctionNames":["…"]}},
+#    "generationConfig":{"temperature","topP","topK","maxOutputTokens","stopSequences","responseMimeType","responseSchema"|
+#     "responseJsonSchema","thinkingConfig":{"includeThoughts","thinkingBudget"|"thinkingLevel"}},"safetySettings":[…]}
+#   {"candidates":[{"content":{"role":"model","parts":[…]},"finishReason":"STOP","index":0}],"usageMetadata":{"promptTokenCount",
+#     "cachedContentTokenCount","candidatesTokenCount","thoughtsTokenCount","totalTokenCount"},"modelVersion","responseId"}
+#
+# A stream is such objects with a few parts each, as `data:` lines without event names; the last has `finishReason` and
+# usage, nothing follows it. Neighbouring texts are therefore one block, and so are neighbouring thoughts.
+#
+# Signatures: whatever part carries one keeps it as `seal`, a thought as `signature`. Clients do not send thoughts back
+# (Gemini CLI), so towards them a thought's signature rides on the part behind it, as Gemini's own do.
+
+GEMINI_MODEL_ROLES = frozenset(("model", "assistant"))
+# Placeholders of clients that have no signature ("Thought signatures", FAQ), plain and as google-genai encodes bytes.
+GEMINI_NO_SEALS = frozenset(("skip_thought_signature_validator", "c2tpcF90aG91Z2h0X3NpZ25hdHVyZV92YWxpZGF0b3I=",
+                             "context_engineering_is_the_way_to_go", "Y29udGV4dF9lbmdpbmVlcmluZ19pc190aGVfd2F5X3RvX2dv"))
+# Parts without a place in the hub that are written back as they came.
+GEMINI_OPAQUE = frozenset(("executableCode", "codeExecutionResult", "toolCall", "toolResponse"))
+GEMINI_MEDIA_EXTRA = ("videoMetadata", "mediaResolution", "mediaProcessing")  # beside the media of a part
+GEMINI_DETAILS = {"MEDIA_RESOLUTION_LOW": "low", "MEDIA_RESOLUTION_HIGH": "high"}
+GEMINI_IMAGE_ENDINGS = {"png": "png", "gif": "gif", "webp": "webp", "heic": "heic", "avif": "avif"}  # else jpeg
+GEMINI_TOOL_EXTRA = ("response", "responseJsonSchema", "behavior")
+GEMINI_SERVER_TOOLS = frozenset(("googleSearch", "googleSearchRetrieval", "urlContext", "codeExecution", "fileSearch", "googleMaps",
+                                 "computerUse", "enterpriseWebSearch", "retrieval", "mcpServers"))
+GEMINI_CHOICES = {"AUTO": "auto", "VALIDATED": "auto", "ANY": "required", "NONE": "none"}
+GEMINI_MODES = {"auto": "AUTO", "required": "ANY", "tool": "ANY", "none": "NONE"}
+# hub, generationConfig, whole numbers only
+GEMINI_NUMBERS = (("max_tokens", "maxOutputTokens", True), ("temperature", "temperature", False), ("top_p", "topP", False),
+                  ("top_k", "topK", True), ("seed", "seed", True), ("presence_penalty", "presencePenalty", False),
+                  ("frequency_penalty", "frequencyPenalty", False))
+GEMINI_CONFIG_READ = frozenset(("stopSequences", "responseMimeType", "responseSchema", "responseJsonSchema", "responseLogprobs", "logprobs",
+                                "thinkingConfig")) | {name for _, name, _ in GEMINI_NUMBERS}
+GEMINI_READ = frozenset(("model", "stream", "contents", "systemInstruction", "tools", "toolConfig", "generationConfig"))
+# Fields that only this dialect knows, by their type; those of generationConfig lie under its name. `candidateCount` is not
+# among them: a translated answer has one candidate (DESIGN 8).
+GEMINI_PASSED: Tuple[Tuple[str, type], ...] = (("safetySettings", list), ("cachedContent", str), ("labels", dict), ("serviceTier", str))
+GEMINI_CONFIG_PASSED = ("mediaResolution", "responseModalities", "speechConfig", "imageConfig", "audioTimestamp", "enableEnhancedCivicAnswers")
+GEMINI_EMPTY = "Invalid Gemini request: contents.parts.text is required."  # console reference A.8; for a body without a usable part
+GEMINI_LEVELS = {"max": "XHIGH"}  # `thinkingLevel`; the others are called alike
+
+# google.rpc.Code by HTTP status; others by their hundred (cloud.google.com/apis/design/errors).
+GEMINI_STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 402: "RESOURCE_EXHAUSTED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+                 405: "UNIMPLEMENTED", 408: "DEADLINE_EXCEEDED", 409: "ABORTED", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED",
+                 500: "INTERNAL", 501: "UNIMPLEMENTED", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+                 529: "UNAVAILABLE"}
+GEMINI_CODES = {**{word: code for code, word in reversed(list(GEMINI_STATUS.items()))}, "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503,
+                "FAILED_PRECONDITION": 400, "OUT_OF_RANGE": 400}
+RPC = "type.googleapis.com/google.rpc."
+
+# ---- spelling ---------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def gemini_camel(name: str) -> str:
+    """A field's name in camelCase."""
+    return re.sub("_([a-z0-9])", lambda found: found.group(1).upper(), name)
+
+
+def gemini_fields(value: Any) -> Json:
+    """The object with its names in camelCase, {} for what is no object. Both spellings occur, even in one body
+    (clients.md); only the outer names are touched, for inside may lie a user's data."""
+    if type(value) is not dict:
+        return {}
+    return value if "_" not in "".join(value) else {gemini_camel(name): inner for name, inner in value.items()}
+
+
+def gemini_list(value: Any) -> List[Any]:
+    """The value if it is a list: what upstream sends is taken as it comes."""
+    return value if isinstance(value, list) else []
+
+
+def gemini_dump(value: Any) -> str:
+    """A value as compact JSON; what is nested too deep for it is an empty object."""
+    try:
+        return dump_json(value).decode()
+    except RecursionError:
+        return "{}"
+
+
+# ---- schemas ----------------------------------------------------------------
+
+GEMINI_SCHEMA_NAMES = {"defs": "$defs", "ref": "$ref"}
+GEMINI_SCHEMA_MAPS = frozenset(("properties", "$defs", "definitions", "patternProperties"))
+GEMINI_SCHEMA_INNER = frozenset(("items", "additionalProperties", "not", "anyOf", "oneOf", "allOf", "prefixItems"))
+GEMINI_FORMATS = frozenset(("int32", "int64", "float", "double", "enum"))  # OpenAPI's; JSON Schema knows none of them
+
+
+def gemini_schema(schema: Any) -> Any:
+    """The JSON Schema of an OpenAPI one: {"type":"OBJECT","nullable":true,"properties":{…},"minItems":"1","propertyOrdering":[…]}"""
+    if isinstance(schema, list):
+        return [gemini_schema(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: Json = {}
+    for name, value in gemini_fields(schema).items():
+        name = GEMINI_SCHEMA_NAMES.get(name, name)
+        if name == "type":
+            value = [str(kind).lower() for kind in value] if isinstance(value, list) else str(value).lower()
+        elif name in GEMINI_SCHEMA_MAPS and isinstance(value, dict):
+            value = {key: gemini_schema(inner) for key, inner in value.items()}
+        elif name in GEMINI_SCHEMA_INNER:
+            value = gemini_schema(value)
+        elif name[:3] in ("min", "max") and isinstance(value, str) and value.isdecimal():
+            value = int(value[:MAX_DIGITS])  # 64-bit numbers are strings in Google's JSON
+        elif name == "example":
+            name, value = "examples", [value]
+        if name not in ("nullable", "propertyOrdering") and value != "type_unspecified" and not (name == "format" and value in GEMINI_FORMATS):
+            found[name] = value
+    return gemini_or_null(found) if schema.get("nullable") is True else found
+
+
+def gemini_or_null(schema: Json) -> Json:
+    """The schema that takes null, too."""
+    if isinstance(schema.get("enum"), list):
+        schema["enum"] = [*schema["enum"], None]
+    if isinstance(schema.get("type"), str):
+        schema["type"] = [schema["type"], "null"]
+    elif isinstance(schema.get("anyOf"), list):
+        schema["anyOf"] = [*schema["anyOf"], {"type": "null"}]
+    return schema
+
+
+def gemini_given_schema(fields: Json, openapi: str, plain: str) -> Optional[Json]:
+    """The schema under one of two names. Gemini CLI writes OpenAPI's capitals under the plain one as well (clients.md)."""
+    for name in (plain, openapi):
+        schema = fields.get(name)
+        if isinstance(schema, dict):
+            return gemini_schema(schema) if name == openapi or name_in(schema, "type").isupper() else schema
+    return None
+
+
+# ---- reading parts ----------------------------------------------------------
+
+
+class GeminiCalls:
+    """The calls of one conversation: ids for those that have none, and the call that a result answers.
+
+    A client may invent an id for the result of a call that had none (Gemini CLI) or name none at all (google-genai): the
+    first open call of that function is meant, so parallel calls of one function keep their order.
+    """
+
+    def __init__(self, seed: str = "") -> None:
+        self._seed = seed
+        self._count = 0
+        self._ids: set = set()
+        self._open: List[Tuple[Optional[str], str, str]] = []  # id given, name, id
+
+    def next_turn(self) -> None:
+        """The model speaks again: nobody answers its older calls any more."""
+        self._open.clear()
+
+    def called(self, given: Optional[str], name: str) -> str:
+        """The id of a further call: its own, unless another call has it."""
+        self._count += 1
+        made = hashlib.sha256(f"{self._seed}|{self._count}|{name}".encode("utf-8", "replace")).hexdigest()[:24]
+        own = given if given and given not in self._ids else f"call_{made}"
+        self._ids.add(own)
+        self._open.append((given or None, name, own))
+        return own
+
+    def answered(self, given: Optional[str], name: str) -> str:
+        """The id of the call that a result belongs to; a result of no call keeps its own."""
+        same = [call for call in self._open if given and call[0] == given]
+        alike = [call for call in self._open if call[1] == name and not (given and call[0])]
+        for call in same or alike:
+            self._open.remove(call)
+            return call[2]
+        return given or name
+
+
+def gemini_parts(content: Any, path: str) -> List[Json]:
+    """The parts of a content, whatever its form: {"role","parts":[…]}, a list of parts, one part, a string."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"text": content}]
+    if isinstance(content, list):
+        return [part for item in content for part in gemini_parts(item, path)]
+    fields = gemini_fields(want_object(content, path))
+    if "parts" in fields:
+        return gemini_parts(fields["parts"], path)
+    return [fields] if fields.keys() - {"role"} else []
+
+
+def gemini_block(part: Json, calls: GeminiCalls) -> Block:
+    """The block of one part with its signature."""
+    seal = text_or_none(part.get("thoughtSignature"))
+    seal = None if seal in GEMINI_NO_SEALS else seal
+    kind = next((name for name in GEMINI_PARTS if isinstance(part.get(name), dict)), None)
+    text = part.get("text")
+    if isinstance(text, str) or kind is None and not part.keys() - {"thought", "thoughtSignature", "text"}:
+        text = text if isinstance(text, str) else ""
+        return Thinking(text, seal) if part.get("thought") is True else Text(text, seal=seal)
+    if kind is not None:
+        return replace(GEMINI_PARTS[kind](part, gemini_fields(part[kind]), calls), seal=seal)
+    kind = next((name for name in part if name in GEMINI_OPAQUE), None) or next(name for name in part if name != "thoughtSignature")
+    return Opaque(kind, {kind: part[kind]}, seal=seal)
+
+
+def gemini_media(part: Json, given: Json, calls: GeminiCalls) -> Union[Image, File]:
+    """{"inlineData":{"mimeType","data","displayName"}} | {"fileData":{"mimeType","fileUri"}}"""
+    media_type, data, url = (text_or_none(given.get(name)) for name in ("mimeType", "data", "fileUri"))
+    extra = {name: part[name] for name in GEMINI_MEDIA_EXTRA if part.get(name) is not None}
+    if not (media_type or "").startswith("image/"):
+        return File(media_type, gemini_base64(data), url, name=text_or_none(given.get("displayName")), extra=extra or None)
+    detail = GEMINI_DETAILS.get(name_in(extra.get("mediaResolution"), "level"))
+    if detail is not None:
+        del extra["mediaResolution"]
+    return Image(media_type, gemini_base64(data), url, detail=detail, extra=extra or None)
+
+
+def gemini_base64(data: Optional[str]) -> Optional[str]:
+    """The data in the standard alphabet, padded: google-genai writes the URL-safe one, which nobody else takes."""
+    if data is not None and ("-" in data or "_" in data):
+        data = data.replace("-", "+").replace("_", "/")
+    return data if data is None or not len(data) % 4 else data + "=" * (-len(data) % 4)
+
+
+def gemini_call(part: Json, given: Json, calls: GeminiCalls) -> ToolCall:
+    """{"functionCall":{"id","name","args":{}}}"""
+    name, args = name_in(given, "name"), given.get("args")
+    if isinstance(args, dict) and len(args) == 1 and isinstance(args.get("_raw"), str):
+        arguments = args["_raw"]
+    else:
+        arguments = "{}" if args is None else gemini_dump(args)
+    return ToolCall(calls.called(text_or_none(given.get("id")), name), name, arguments)
+
+
+def gemini_result(part: Json, given: Json, calls: GeminiCalls) -> ToolResult:
+    """{"functionResponse":{"id","name","response":{"output":…}|{"error":…}|{…},"parts":[{"inlineData":…}]}}; what is no text is
+    told as JSON."""
+    said = given.get("response")
+    key = next(iter(said)) if isinstance(said, dict) and len(said) == 1 else ""
+    if key in ("output", "result", "error"):
+        said = said[key]
+    text = said if isinstance(said, str) else "" if said is None or said == {} else gemini_dump(said)
+    content: List[Block] = [Text(text)] if text else []
+    content += [gemini_block(gemini_fields(inner), calls) for inner in gemini_list(given.get("parts"))
+                if "inlineData" in gemini_fields(inner) or "fileData" in gemini_fields(inner)]
+    return ToolResult(calls.answered(text_or_none(given.get("id")), name_in(given, "name")), content, True if key == "error" else None)
+
+
+GEMINI_PARTS: Dict[str, Callable[[Json, Json, GeminiCalls], Block]] = {
+    "inlineData": gemini_media, "fileData": gemini_media, "functionCall": gemini_call, "functionResponse": gemini_result}
+
+
+def gemini_joins(last: Optional[Block], sealed: bool, kind: type, seal: Optional[str]) -> bool:
+    """Whether a text or thought goes on with the next part. A signature stands anywhere on a text, but at a thought's end."""
+    return type(last) is kind and (not sealed or kind is Text and seal is None)
+
+
+def gemini_joined(blocks: Iterable[Block]) -> List[Block]:
+    """What the model said, its neighbouring texts and thoughts joined: clients keep an answer in the pieces it came in."""
+    joined: List[Tuple[Any, List[str], Optional[str]]] = []  # first block, its texts, its signature
+    for block in blocks:
+        own = block.signature if isinstance(block, Thinking) else block.seal
+        last, texts, seal = joined[-1] if joined else (None, [], None)
+        if isinstance(block, (Text, Thinking)) and gemini_joins(last, seal is not None, type(block), own):
+            texts.append(block.text)
+            joined[-1] = (last, texts, seal if own is None else own)
+        else:
+            joined.append((block, [main_text(block) or ""], own))
+    return [block if len(texts) < 2 else type(block)("".join(texts), **{"signature" if isinstance(block, Thinking) else "seal": seal})
+            for block, texts, seal in joined]
+
+
+def gemini_messages(contents: Any) -> List[Message]:
+    """The conversation. Media behind a result in one content belong to that result (Gemini CLI puts them there)."""
+    if contents is not None and not isinstance(contents, (str, dict, list)):
+        raise wrong_type("contents", "a list", contents)
+    calls = GeminiCalls()
+    messages: List[Message] = []
+    for at, content in enumerate(contents if isinstance(contents, list) else [contents]):
+        role = name_in(content, "role")
+        role = "assistant" if role in GEMINI_MODEL_ROLES else role if role == "system" else "user"
+        if role == "assistant" and (not messages or messages[-1].role != role):
+            calls.next_turn()
+        result: Optional[ToolResult] = None
+        for part in gemini_parts(content, f"contents.{at}"):
+            block = gemini_block(part, calls)
+            if isinstance(block, (Image, File)) and result is not None:
+                result.content.append(block)
+                continue
+            result = block if isinstance(block, ToolResult) else None
+            if isinstance(block, (Text, Thinking)) and block == type(block)(""):
+                continue
+            side = "user" if result is not None else "assistant" if isinstance(block, (ToolCall, Thinking)) else role
+            if not messages or messages[-1].role != side:
+                messages.append(Message(side, []))
+            messages[-1].content.append(block)
+    return [Message(message.role, gemini_joined(message.content)) if message.role == "assistant" else message for message in messages]
+
+
+# ---- writing parts ----------------------------------------------------------
+
+
+def gemini_args(arguments: str) -> Json:
+    """The object of a text of arguments; text that is none is kept inside one."""
+    if not arguments.strip():
+        return {}
+    try:
+        value = parse_json(arguments.encode("utf-8", "surrogatepass"))
+    except ClientError:
+        value = None
+    return value if isinstance(value, dict) else {"_raw": arguments}
+
+
+def gemini_part(block: Block) -> Optional[Json]:
+    """The part of a block with its signature; None for what the dialect cannot say."""
+    write = GEMINI_WRITERS.get(type(block))
+    part = write(block) if write is not None else None
+    return part if part is None or block.seal is None else {**part, "thoughtSignature": block.seal}
+
+
+def gemini_wire_media(media: Union[Image, File]) -> Optional[Json]:
+    """{"inlineData":{"mimeType","data"}} | {"fileData":{"mimeType","fileUri"}}; a file's plain text is text."""
+    if isinstance(media, File) and media.text is not None:
+        return {"text": media.text}
+    if media.data is None and media.url is None:
+        return None
+    media_type = media.media_type
+    if isinstance(media, Image) and media_type is None:
+        ending = (media.url or "png").partition("?")[0].rpartition(".")[2].lower()
+        media_type = f"image/{GEMINI_IMAGE_ENDINGS.get(ending, 'jpeg')}"
+    part: Json = {name: value for name, value in (media.extra or {}).items() if name in GEMINI_MEDIA_EXTRA}
+    level = next((level for level, detail in GEMINI_DETAILS.items() if isinstance(media, Image) and detail == media.detail), None)
+    if level is not None:
+        part["mediaResolution"] = {"level": level}
+    if media.data is not None:
+        return {"inlineData": {"mimeType": media_type or "application/pdf", "data": media.data}, **part}
+    return {"fileData": {**({} if media_type is None else {"mimeType": media_type}), "fileUri": media.url}, **part}
+
+
+def gemini_wire_thought(thought: Thinking) -> Optional[Json]:
+    """{"text","thought":true,"thoughtSignature"}"""
+    sealed = thought.redacted if thought.signature is None else thought.signature
+    if not thought.text and sealed is None:
+        return None
+    return {"text": thought.text, "thought": True, **({} if sealed is None else {"thoughtSignature": sealed})}
+
+
+GEMINI_WRITERS: Dict[type, Callable[[Any], Optional[Json]]] = {
+    Text: lambda text: {"text": text.text},
+    Refusal: lambda refusal: {"text": refusal.text},
+    Image: gemini_wire_media,
+    File: gemini_wire_media,
+    Thinking: gemini_wire_thought,
+    ToolCall: lambda call: {"functionCall": {"id": call.id, "name": call.name, "args": gemini_args(call.arguments)}},
+    ToolReference: lambda reference: {"text": f"Tool {reference.name} loaded"},
+    Compaction: lambda compaction: {"text": compaction.summary} if compaction.summary else None,
+    Opaque: lambda opaque: opaque.raw if opaque.kind in GEMINI_OPAQUE and isinstance(gemini_fields(opaque.raw).get(opaque.kind), dict) else None,
+}
+
+
+def gemini_wire_result(result: ToolResult, names: Dict[str, str]) -> Json:
+    """{"functionResponse":{"id","name","response":{"output"|"error":"…"},"parts":[media]}}"""
+    parts = [part for part in map(gemini_part, result.content) if part is not None]
+    media = [part for part in parts if "inlineData" in part or "fileData" in part]
+    text = "\n".join(part["text"] for part in parts if "text" in part)
+    return {"functionResponse": {"id": result.call_id, "name": names.get(result.call_id, result.call_id),
+                                 "response": {"error" if result.is_error else "output": text}, **({"parts": media} if media else {})}}
+
+
+def gemini_system_length(messages: Sequence[Message]) -> int:
+    """How many messages lead as system prompt."""
+    return next((at for at, message in enumerate(messages) if message.role not in ("system", "developer")), len(messages))
+
+
+def gemini_contents(messages: Sequence[Message]) -> List[Json]:
+    """The contents of a conversation. A late system prompt is a reminder in the user's turn (DESIGN 8)."""
+    names = {block.id: block.name for message in messages for block in message.content if isinstance(block, ToolCall)}
+    contents: List[Json] = []
+    for message in messages[gemini_system_length(messages):]:
+        parts: List[Json] = []
+        for block in message.content:
+            if message.role in ("system", "developer") and isinstance(block, Text):
+                block = Text(gemini_reminder(block.text))
+            part = gemini_wire_result(block, names) if isinstance(block, ToolResult) else gemini_part(block)
+            if part is None:
+                continue
+            if isinstance(block, (Image, File)) and parts and "functionResponse" in parts[-1]:
+                contents.append({"role": "user", "parts": parts})  # the user's own, not the result's
+                parts = []
+            parts.append(part)
+        if parts:
+            contents.append({"role": "model" if message.role == "assistant" else "user", "parts": parts})
+    return contents
+
+
+def gemini_reminder(text: str) -> str:
+    """A system prompt as a user's words."""
+    return text if not text or text.startswith("<system-reminder>") else f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+# ---- tools and options ------------------------------------------------------
+
+
+def gemini_tools(given: Any) -> List[Tool]:
+    """[{"functionDeclarations":[{"name","description","parameters"|"parametersJsonSchema"}]},{"googleSearch":{}}]"""
+    if given is not None and not isinstance(given, (list, dict)):
+        raise wrong_type("tools", "a list", given)
+    tools: List[Tool] = []
+    for tool in given if isinstance(given, list) else [given or {}]:
+        for name, value in gemini_fields(tool).items():
+            if name == "functionDeclarations":
+                tools += [gemini_tool(gemini_fields(one)) for one in (value if isinstance(value, list) else [value]) if name_in(one, "name")]
+            elif value is not None:
+                tools.append(Tool(name, kind="server", extra=value if value and isinstance(value, dict) else None))
+    return tools
+
+
+def gemini_tool(declared: Json) -> Tool:
+    """The tool of one declaration."""
+    extra = {name: declared[name] for name in GEMINI_TOOL_EXTRA if declared.get(name) is not None}
+    return Tool(declared["name"], text_or_none(declared.get("description")),
+                gemini_given_schema(declared, "parameters", "parametersJsonSchema"), extra=extra or None)
+
+
+def gemini_wire_tools(tools: Sequence[Tool]) -> List[Json]:
+    """The tools of a request: one entry for the functions, one for each of Google's own."""
+    declared: List[Json] = []
+    for tool in tools:
+        if tool.kind != "server":
+            said = {"name": tool.name, "description": tool.description, "parametersJsonSchema": tool.schema}
+            said.update((name, value) for name, value in (tool.extra or {}).items() if name in GEMINI_TOOL_EXTRA)
+            declared.append({name: value for name, value in said.items() if value is not None})
+    served = [{tool.name: tool.extra or {}} for tool in tools if tool.kind == "server" and tool.name in GEMINI_SERVER_TOOLS]
+    return ([{"functionDeclarations": declared}] if declared else []) + served
+
+
+def gemini_choice(given: Any) -> Tuple[Optional[ToolChoice], Optional[List[Any]]]:
+    """(choice, names of the only functions left) of {"functionCallingConfig":{"mode","allowedFunctionNames"}}"""
+    config = gemini_fields(gemini_fields(given).get("functionCallingConfig"))
+    allowed = gemini_list(config.get("allowedFunctionNames"))
+    mode = GEMINI_CHOICES.get(name_in(config, "mode").upper())
+    if mode == "required" and len(allowed) == 1 and isinstance(allowed[0], str):
+        return ToolChoice("tool", allowed[0]), None
+    return ToolChoice(mode) if mode else None, allowed if allowed and mode in ("auto", "required") else None
+
+
+def gemini_wire_choice(choice: ToolChoice) -> Json:
+    """{"functionCallingConfig":{"mode","allowedFunctionNames"}}"""
+    named = {"allowedFunctionNames": [choice.name]} if choice.mode == "tool" and choice.name else {}
+    return {"functionCallingConfig": {"mode": GEMINI_MODES.get(choice.mode, "AUTO"), **named}}
+
+
+def gemini_number(config: Json, name: str, whole: bool = False) -> Any:
+    """The number under `name` of generationConfig, None when absent or null."""
+    value = config.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        raise wrong_type(f"generationConfig.{name}", "a number", value)
+    return int(value) if whole and value is not None else value
+
+
+def gemini_reasoning(given: Json) -> Optional[Reasoning]:
+    """{"includeThoughts","thinkingBudget","thinkingLevel"}; a budget of -1 is the model's choice, 0 switches thinking off."""
+    config = gemini_fields(given)
+    visible, level = config.get("includeThoughts"), name_in(config, "thinkingLevel").lower()
+    budget = gemini_number(config, "thinkingBudget", True)
+    said = Reasoning(mode=None if budget is None else "on" if budget > 0 else "adaptive" if budget else "off",
+                     effort=level if level in EFFORTS else None, budget=budget if budget and budget > 0 else None,
+                     visible=visible if isinstance(visible, bool) else None)
+    return None if said == Reasoning() else said
+
+
+def gemini_wire_reasoning(reasoning: Reasoning) -> Json:
+    """The wire form of what was said about thinking: a budget or a level, never both (Gemini 3 refuses the pair)."""
+    config: Json = {} if reasoning.visible is None else {"includeThoughts": reasoning.visible}
+    if reasoning.mode == "off" or reasoning.effort == "none":
+        config["thinkingBudget"] = 0
+    elif reasoning.budget is not None:
+        config["thinkingBudget"] = reasoning.budget
+    elif reasoning.effort is not None:
+        config["thinkingLevel"] = GEMINI_LEVELS.get(reasoning.effort, reasoning.effort.upper())
+    elif reasoning.mode is not None:
+        config["thinkingBudget"] = -1
+    return config
+
+
+def gemini_output(config: Json) -> Optional[OutputFormat]:
+    """{"responseMimeType":"application/json","responseSchema"|"responseJsonSchema"}; other types are no structure."""
+    schema = gemini_given_schema(config, "responseSchema", "responseJsonSchema")
+    media_type = config.get("responseMimeType")
+    if media_type == "application/json" or media_type is None and schema is not None:
+        return OutputFormat(schema)
+    return None
+
+
+def gemini_config(request: Request) -> Json:
+    """The generationConfig of a request."""
+    given = (request.extra or {}).get("generationConfig")
+    config = {name: given[name] for name in GEMINI_CONFIG_PASSED if given.get(name) is not None} if isinstance(given, dict) else {}
+    for field_name, name, _ in GEMINI_NUMBERS:
+        if getattr(request, field_name) is not None:
+            config[name] = getattr(request, field_name)
+    if request.stop is not None:
+        config["stopSequences"] = request.stop
+    if request.logprobs is not None:
+        config.update({"responseLogprobs": True, **({"logprobs": request.logprobs} if request.logprobs else {})})
+    thinking = gemini_wire_reasoning(request.reasoning) if request.reasoning is not None else {}
+    if thinking:
+        config["thinkingConfig"] = thinking
+    if request.output is not None:
+        schema = {} if request.output.schema is None else {"responseJsonSchema": request.output.schema}
+        config.update({"responseMimeType": "application/json", **schema})
+    return config
+
+
+def gemini_extra(fields: Json, config: Json) -> Optional[Json]:
+    """What the hub has no word for, by its name; of generationConfig under its name."""
+    extra = {name: value for name, value in fields.items() if name not in GEMINI_READ and value is not None}
+    rest = {name: value for name, value in config.items() if name not in GEMINI_CONFIG_READ and value is not None}
+    return {**extra, **({"generationConfig": rest} if rest else {})} or None
+
+
+# ---- what an answer says besides --------------------------------------------
+
+
+def gemini_usage(usage: Any) -> Optional[Usage]:
+    """The hub's usage of `usageMetadata`, where thoughts stand beside the candidates, and tool results beside the prompt."""
+    if not isinstance(usage, dict):
+        return None
+    usage = gemini_fields(usage)
+    thoughts = count_or_zero(usage, "thoughtsTokenCount")
+    return Usage(input=count_or_zero(usage, "promptTokenCount") + count_or_zero(usage, "toolUsePromptTokenCount"),
+                 output=count_or_zero(usage, "candidatesTokenCount") + thoughts,
+                 cache_read=count_or_zero(usage, "cachedContentTokenCount"), reasoning=thoughts)
+
+
+def gemini_wire_usage(usage: Usage) -> Json:
+    """{"promptTokenCount","cachedContentTokenCount","candidatesTokenCount","thoughtsTokenCount","totalTokenCount"}"""
+    said = {"promptTokenCount": usage.input, "candidatesTokenCount": max(0, usage.output - usage.reasoning), "totalTokenCount": usage.total}
+    some = {"cachedContentTokenCount": usage.cache_read, "thoughtsTokenCount": usage.reasoning}
+    return {**said, **{name: count for name, count in some.items() if count}}
+
+
+def gemini_citations(candidate: Json) -> List[Json]:
+    """Flat citations, their places in bytes of the answer's text, of
+    {"groundingMetadata":{"groundingChunks":[{"web":{"uri","title"}}],"groundingSupports":[{"segment":{"startIndex","endIndex"},
+    "groundingChunkIndices":[0]}]},"citationMetadata":{"citations":[{"uri","title","startIndex","endIndex"}]}}"""
+    grounds = gemini_fields(candidate.get("groundingMetadata"))
+    chunks = [gemini_fields(chunk) for chunk in gemini_list(grounds.get("groundingChunks"))]
+    found = []
+    for support in map(gemini_fields, gemini_list(grounds.get("groundingSupports"))):
+        for index in gemini_list(support.get("groundingChunkIndices")):
+            if type(index) is int and 0 <= index < len(chunks):
+                source = chunks[index].get("web") or chunks[index].get("retrievedContext")
+                found.append((gemini_fields(support.get("segment")), gemini_fields(source)))
+    sources = gemini_fields(candidate.get("citationMetadata"))
+    found += [(source, source) for source in map(gemini_fields, gemini_list(sources.get("citations") or sources.get("citationSources")))]
+    return [{"type": "url_citation", "url": name_in(source, "uri"), "title": name_in(source, "title"),
+             "start_index": count_or_zero(place, "startIndex"), "end_index": count_or_zero(place, "endIndex")}
+            for place, source in found if name_in(source, "uri")]
+
+
+def gemini_placed(citations: Iterable[Json], text: str, before: int) -> List[Json]:
+    """The citations that lie in a text with `before` bytes ahead of it, their places in its characters."""
+    raw = text.encode("utf-8", "surrogatepass")
+    return [{**note, "start_index": len(raw[:max(0, note["start_index"] - before)].decode("utf-8", "ignore")),
+             "end_index": len(raw[:note["end_index"] - before].decode("utf-8", "ignore"))}
+            for note in citations if note["start_index"] < before + len(raw) and note["end_index"] > before]
+
+
+def gemini_grounding(citations: Iterable[Tuple[Json, str, int]]) -> Json:
+    """groundingMetadata of citations, each with its text and the bytes ahead of that; one without a place is of the whole text."""
+    chunks: List[Json] = []
+    supports: List[Json] = []
+    for note, text, before in citations:
+        start, end = note.get("start_index"), note.get("end_index")
+        if not (type(start) is int and type(end) is int and 0 <= start < end):
+            start, end = 0, len(text)
+        chunk = {"web": {"uri": note["url"], "title": name_in(note, "title")}}
+        if chunk not in chunks:
+            chunks.append(chunk)
+        places = [before + len(text[:at].encode("utf-8", "surrogatepass")) for at in (start, end)]
+        supports.append({"segment": {"startIndex": places[0], "endIndex": places[1], "text": text[start:end]},
+                         "groundingChunkIndices": [chunks.index(chunk)]})
+    return {"groundingChunks": chunks, "groundingSupports": supports}
+
+
+def gemini_logprobs(result: Json) -> List[Json]:
+    """OpenAI's list of tokens of {"chosenCandidates":[{"token","logProbability"}],"topCandidates":[{"candidates":[…]}]}"""
+    tops = gemini_list(result.get("topCandidates"))
+    return [{**gemini_token(chosen), "top_logprobs": [gemini_token(one) for one in gemini_list(gemini_fields(tops[at]).get("candidates"))]
+             if at < len(tops) else []} for at, chosen in enumerate(gemini_list(result.get("chosenCandidates")))]
+
+
+def gemini_token(given: Any) -> Json:
+    """{"token","logprob","bytes"}"""
+    token, logprob = name_in(given, "token"), gemini_fields(given).get("logProbability")
+    return {"token": token, "logprob": logprob if isinstance(logprob, (int, float)) else 0.0, "bytes": list(token.encode("utf-8", "replace"))}
+
+
+def gemini_wire_logprobs(tokens: Iterable[Any]) -> Json:
+    """logprobsResult of OpenAI's list."""
+    def wire(items: Iterable[Any]) -> List[Json]:
+        return [{"token": name_in(item, "token"), "logProbability": item.get("logprob")} for item in items if isinstance(item, dict)]
+    tokens = [item for item in tokens if isinstance(item, dict)]
+    return {"topCandidates": [{"candidates": wire(gemini_list(item.get("top_logprobs")))} for item in tokens], "chosenCandidates": wire(tokens)}
+
+
+def gemini_failure(error: Json) -> Failure:
+    """The failure of {"code","message","status"}."""
+    word, code = name_in(error, "status"), error.get("code")
+    if type(code) is not int or not 400 <= code <= 599:
+        code = GEMINI_CODES.get(word, 502)
+    told = {"message": text_or_none(error.get("message")) or word or "upstream sent an error without a text", "code": word or None}
+    return classify(code, {}, dump_json({"error": told}), 0.0)
+
+
+def gemini_error(error: ProxyError) -> Json:
+    """{"error":{"code","message","status","type","details":[{"@type","retryDelay":"2s"}]}}. Gemini CLI ignores `retry-after`; it
+    waits as the text or RetryInfo says, and gives up on a violated quota per day (clients.md)."""
+    failure, told = getattr(error, "failure", None), openai_error(error)["error"]
+    code, message = error.status, told["message"]
+    if failure is not None and failure.kind == "overflow":
+        code = 400
+        if failure.overflow is not None:
+            message = "The input token count ({}) exceeds the maximum number of tokens allowed ({}).".format(*failure.overflow)
+    details: List[Json] = []
+    if told["type"] == "insufficient_quota":
+        details.append({"@type": RPC + "QuotaFailure", "violations": [{"description": message, "quotaId": "CopilotQuotaPerDay"}]})
+    wait = failure.wait_s if failure is not None else seconds_of(error.headers.get("retry-after"))
+    if wait is not None:
+        delay = f"{max(1, math.ceil(wait))}s"
+        details.append({"@type": RPC + "RetryInfo", "retryDelay": delay})
+        message = message if "retry in " in message else f"{message.rstrip('.')}. Please retry in {delay}."
+    status = GEMINI_STATUS.get(code, "INVALID_ARGUMENT" if code < 500 else "INTERNAL")
+    return {"error": {"code": code, "message": message, "status": status, "type": told["type"], **({"details": details} if details else {})}}
+
+
+# ---- reading a stream -------------------------------------------------------
+
+
+class GeminiReader:
+    """Reads one answer: objects in, the hub's events out. One block is open at a time.
+
+    The end waits for the end of the input, because usage may follow `finishReason`. Citations and logprobs are the whole
+    answer's: they go to the text that ends it.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._events: List[Event] = []
+        self._started = False
+        self._calls = GeminiCalls()
+        self._called = False
+        self._index = -1
+        self._block: Optional[Block] = None  # the open text or thought
+        self._texts: List[str] = []
+        self._seal: Optional[str] = None
+        self._before = 0  # bytes of the texts that have ended
+        self._reason: Optional[str] = None
+        self._usage: Any = None
+        self._citations: List[Json] = []
+        self._logprobs: List[Json] = []
+
+    def read(self, frames: Iterable[Frame]) -> List[Event]:
+        """The events of one batch of frames."""
+        self._events = []
+        for frame in frames:
+            chunk = load_object(frame.data)
+            if chunk is not None and not self.ended:
+                self.take(chunk)
+        return self._events
+
+    def take(self, chunk: Json) -> List[Event]:
+        """The events so far, those of one more object among them."""
+        if isinstance(chunk.get("error"), dict):
+            self.ended = True
+            self._events.append(Fault(gemini_failure(chunk["error"])))
+            return self._events
+        self._usage = chunk.get("usageMetadata") or chunk.get("usage_metadata") or self._usage
+        if not self._started:
+            self._start(gemini_fields(chunk))
+        candidates = chunk.get("candidates")
+        for candidate in candidates if type(candidates) is list else ():
+            if type(candidate) is dict and not candidate.get("index"):
+                self._candidate(candidate)
+        if not candidates:
+            self._events.append(Pulse())
+            if gemini_fields(gemini_fields(chunk).get("promptFeedback")).get("blockReason"):
+                self._reason = "SAFETY"
+        return self._events
+
+    def end(self, reason: Optional[str] = None) -> List[Event]:
+        """The end, if the answer said why it ended (or `reason` says it)."""
+        self._events = []
+        reason = self._reason or reason
+        if reason is not None and not self.ended:
+            self.ended = True
+            self._close(last=True)
+            word = stop_meaning(GEMINI, reason)
+            self._events.append(ReplyStop("tool" if word == "end" and self._called else word, gemini_usage(self._usage)))
+        return self._events
+
+    def _start(self, chunk: Json) -> None:
+        self._started = True
+        seed = text_or_none(chunk.get("responseId")) or ""
+        self._calls = GeminiCalls(seed)
+        self._events.append(ReplyStart(seed, text_or_none(chunk.get("modelVersion")) or "", 0, gemini_usage(self._usage)))
+
+    def _candidate(self, candidate: Json) -> None:
+        content = candidate.get("content")
+        parts = content.get("parts") if type(content) is dict else None
+        for part in parts if type(parts) is list else ():
+            if type(part) is dict and part:
+                self._part(part)
+        if len(candidate) > 2 or "index" not in candidate:  # more than its content
+            candidate = gemini_fields(candidate)
+            self._reason = text_or_none(candidate.get("finishReason")) or self._reason
+            self._citations = gemini_citations(candidate) or self._citations
+            self._logprobs += gemini_logprobs(gemini_fields(candidate.get("logprobsResult")))
+
+    def _part(self, part: Json) -> None:
+        text = part.get("text")
+        if len(part) == 1 and type(text) is str and type(self._block) is Text:
+            if text:
+                self._texts.append(text)
+                self._events.append(BlockDelta(self._index, text))
+            return
+        part = gemini_fields(part)
+        if "functionResponse" in part:  # nothing a model says
+            return
+        block = gemini_block(part, self._calls)
+        if isinstance(block, Thinking):
+            return self._say(block, block.text, block.signature)
+        if isinstance(block, Text):
+            return self._say(block, block.text, block.seal)
+        self._close()
+        self._called = self._called or isinstance(block, ToolCall)
+        self._index += 1
+        if isinstance(block, ToolCall):
+            self._events += [BlockStart(self._index, opening(block)), BlockDelta(self._index, block.arguments), BlockStop(self._index)]
+        else:
+            self._events += [BlockStart(self._index, block), BlockStop(self._index)]
+
+    def _say(self, block: Block, text: str, seal: Optional[str]) -> None:
+        """More of a text or thought, or another one."""
+        if not text and seal is None:
+            return
+        if not gemini_joins(self._block, self._seal is not None, type(block), seal):
+            self._close()
+            self._index += 1
+            self._block = type(block)("")
+            self._events.append(BlockStart(self._index, self._block))
+        if text:
+            self._texts.append(text)
+            self._events.append(BlockDelta(self._index, text))
+        self._seal = self._seal if seal is None else seal
+
+    def _close(self, last: bool = False) -> None:
+        block, text = self._block, "".join(self._texts)
+        if block is None:
+            return
+        final = None if self._seal is None else Text("", seal=self._seal) if isinstance(block, Text) else Thinking("", self._seal)
+        if isinstance(block, Text):
+            citations = gemini_placed(self._citations, text, self._before) if last else []
+            if last and (citations or self._logprobs):
+                final = Text("", citations or None, seal=self._seal, extra={"logprobs": self._logprobs} if self._logprobs else None)
+            self._before += len(text.encode("utf-8", "surrogatepass"))
+        self._events.append(BlockStop(self._index, final))
+        self._block, self._texts, self._seal = None, [], None
+
+
+# ---- writing a stream -------------------------------------------------------
+
+# The part of the last object. Google's has it, and the chats of google-genai forget a turn with an object without parts
+# (observed 2026-11-25 on 3.6.1: test_chats_keep_a_streamed_turn).
+GEMINI_LAST: Json = {"text": ""}
+GEMINI_HEAD = '{"candidates":[{"content":{"role":"model","parts":['
+
+
+def gemini_uncut(events: Sequence[Event]) -> Sequence[Event]:
+    """Without the stops a Fault forced: a call that is not whole must not be sent, the client would run it."""
+    if not events or type(events[-1]) is not Fault:
+        return events
+    last = len(events) - 1
+    while last and type(events[last - 1]) is BlockStop:
+        last -= 1
+    return [*events[:last], events[-1]]
+
+
+class GeminiWriter:
+    """Writes one answer: sequenced events in, frames out, each a whole object. Texts and visible thoughts leave piece by
+    piece, everything else as one part; a thought's signature waits for the next part that has room."""
+
+    def __init__(self, asked: Optional[Request]) -> None:
+        self._shown = asked is None or asked.reasoning is not None and bool(asked.reasoning.visible)
+        self._named: Json = {"modelVersion": asked.model if asked else ""}
+        self._tail = ""  # of every object but the last, behind its parts
+        self._frames: List[Frame] = []
+        self._block: Any = None
+        self._texts: List[str] = []
+        self._head: Optional[str] = None  # of the open block's deltas; None: it leaves whole, or not at all
+        self._seal: Optional[str] = None  # for the first delta
+        self._waiting: Optional[str] = None
+        self._said = 0  # bytes of text so far
+        self._citations: List[Tuple[Json, str, int]] = []
+        self._logprobs: List[Any] = []
+        self._usage: Optional[Usage] = None
+        self._actions: Dict[Any, Callable[[Any], None]] = {
+            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+
+    def write(self, events: Sequence[Event]) -> List[Frame]:
+        """The frames of one list of events."""
+        self._frames = []
+        for event in events:
+            self._actions[type(event)](event)
+        return self._frames
+
+    def _start(self, event: ReplyStart) -> None:
+        named = {"modelVersion": event.model or self._named["modelVersion"], "responseId": event.id}
+        self._named = {name: value for name, value in named.items() if value}
+        rest = dump_json(self._named, True).decode()[1:]
+        self._tail = f']}},"index":0}}]{"," if self._named else ""}{rest}'
+        self._usage = event.usage
+
+    def _stop(self, event: ReplyStop) -> None:
+        last = GEMINI_LAST if self._waiting is None else {"text": "", "thought": True, "thoughtSignature": self._waiting}
+        candidate: Json = {"content": {"role": "model", "parts": [last]}, "finishReason": stop_word(GEMINI, event.reason), "index": 0}
+        if self._citations:
+            candidate["groundingMetadata"] = gemini_grounding(self._citations)
+        if self._logprobs:
+            candidate["logprobsResult"] = gemini_wire_logprobs(self._logprobs)
+        usage = event.usage or self._usage
+        used = {} if usage is None else {"usageMetadata": gemini_wire_usage(usage)}
+        self._frames.append(Frame(None, dump_json({"candidates": [candidate], **used, **self._named}, True).decode()))
+
+    def _fault(self, event: Fault) -> None:
+        self._frames.append(Frame(None, dump_json(gemini_error(UpstreamError(event.failure)), True).decode()))
+
+    def _send(self, part: Json) -> None:
+        self._frames.append(Frame(None, f"{GEMINI_HEAD}{dump_json(part, True).decode()}{self._tail}"))
+
+    def _signature(self, own: Optional[str]) -> Optional[str]:
+        """The signature of the next part: its own, else the one that waits."""
+        if own is not None:
+            self._release()
+        waiting, self._waiting = self._waiting, None
+        return waiting if own is None else own
+
+    def _release(self) -> None:
+        """The waiting signature on a part of its own: the next one has no room."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._send({"text": "", "thought": True, "thoughtSignature": waiting})
+
+    def _block_start(self, event: BlockStart) -> None:
+        block = self._block = event.block
+        self._texts, self._head, self._seal = [], None, None
+        if isinstance(block, (Text, Refusal)):
+            self._head, self._seal = GEMINI_HEAD + '{"text":', self._signature(block.seal)
+        elif isinstance(block, (Thinking, Compaction)):
+            self._release()
+            self._head = GEMINI_HEAD + '{"thought":true,"text":' if self._shown else None
+
+    def _delta(self, event: BlockDelta) -> None:
+        text = event.text
+        self._texts.append(text)
+        if self._seal is not None:
+            self._send({"text": text, "thoughtSignature": self._seal})
+            self._seal = None
+        elif self._head is not None:
+            self._frames.append(Frame(None, f"{self._head}{encode_basestring_ascii(text)}}}{self._tail}"))
+
+    def _block_stop(self, event: BlockStop) -> None:
+        block = finished(self._block, "".join(self._texts), event.block)
+        text = main_text(block)
+        if text and not self._texts:
+            self._delta(BlockDelta(event.index, text))
+        if isinstance(block, (Text, Refusal)):
+            self._text_stop(block)
+        elif isinstance(block, (Thinking, Compaction)):
+            self._waiting = block.sealed if isinstance(block, Compaction) else block.redacted if block.signature is None else block.signature
+        else:
+            part = gemini_part(block)
+            if part is not None:
+                seal = self._signature(block.seal)
+                self._send(part if seal is None else {**part, "thoughtSignature": seal})
+
+    def _text_stop(self, block: Union[Text, Refusal]) -> None:
+        """The end of a text, where a seal of its own may come to light; one that waited goes on waiting if no text came."""
+        if self._block.seal is not None or self._texts:
+            late = self._seal if self._block.seal is not None else block.seal
+            if late is not None:
+                self._send({"text": "", "thoughtSignature": late})
+        elif block.seal is not None:
+            self._waiting = self._seal
+            self._send({"text": "", "thoughtSignature": self._signature(block.seal)})
+        else:
+            self._waiting = self._seal
+        self._seal = None
+        if isinstance(block, Text):
+            self._citations += [(note, block.text, self._said) for note in block.citations or () if name_in(note, "url")]
+            self._logprobs += gemini_list((block.extra or {}).get("logprobs"))
+        self._said += len(block.text.encode("utf-8", "surrogatepass"))
+
+
+class GeminiCodec(Codec):
+    """Gemini; the first candidate only. What a body names twice, plain JSON Schema beside OpenAPI's, the plain one is taken."""
+
+    name = GEMINI
+    keep_alive = b"\n"  # a comment breaks Google's SDKs and Gemini CLI (clients.md); in a JSON array it is white space
+
+    def decode_request(self, body: Json) -> Request:
+        """The Request of a body, `model` and `stream` from where the gateway put them."""
+        fields = gemini_fields(body)
+        model = fields.get("model")
+        if model is not None and not isinstance(model, str):
+            raise wrong_type("model", "a string", model)
+        config = {} if fields.get("generationConfig") is None else gemini_fields(want_object(fields["generationConfig"], "generationConfig"))
+        system = [Text(part["text"]) for part in gemini_parts(fields.get("systemInstruction"), "systemInstruction") if name_in(part, "text")]
+        numbers = {field_name: gemini_number(config, name, whole) for field_name, name, whole in GEMINI_NUMBERS}
+        choice, allowed = gemini_choice(fields.get("toolConfig"))
+        logprobs = gemini_number(config, "logprobs", True)
+        return Request(
+            model=(model or "")[len("models/") if (model or "").startswith("models/") else 0:],
+            messages=canonical([Message("system", list(system)), *gemini_messages(fields.get("contents"))]),
+            tools=[tool for tool in gemini_tools(fields.get("tools")) if allowed is None or tool.kind == "server" or tool.name in allowed],
+            tool_choice=choice, stream=want_flag(fields, "stream"),
+            stop=None if config.get("stopSequences") is None else [word for word in want_list(config, "stopSequences") if isinstance(word, str)],
+            logprobs=0 if logprobs is None and config.get("responseLogprobs") is True else logprobs,
+            reasoning=gemini_reasoning(config.get("thinkingConfig") or {}), output=gemini_output(config),
+            extra=gemini_extra(fields, config), **numbers)
+
+    def encode_request(self, request: Request) -> Json:
+        """The body of a request, with `model` and `stream` for the path."""
+        extra, tools, config = request.extra or {}, gemini_wire_tools(request.tools), gemini_config(request)
+        system = [{"text": block.text} for message in request.messages[:gemini_system_length(request.messages)]
+                  for block in message.content if isinstance(block, Text)]
+        said: Json = {name: extra[name] for name, kind in GEMINI_PASSED if isinstance(extra.get(name), kind)}
+        if system:
+            said["systemInstruction"] = {"parts": system}
+        if tools:
+            said["tools"] = tools
+        if request.tool_choice is not None and tools and "functionDeclarations" in tools[0]:
+            said["toolConfig"] = gemini_wire_choice(request.tool_choice)
+        if config:
+            said["generationConfig"] = config
+        return {"model": request.model, "stream": request.stream, "contents": gemini_contents(request.messages), **said}
+
+    def decode_reply(self, body: Json) -> Reply:
+        """The whole answer, read as a stream of one object; raises UpstreamError for one that failed."""
+        reader = GeminiReader()
+        return collect([reader.take(body), reader.end("STOP")])
+
+    def encode_reply(self, reply: Reply, asked: Optional[Request] = None) -> Json:
+        """The answer as one object: the last of its stream with the parts of all."""
+        objects = [load_object(frame.data) or {} for frame in GeminiWriter(asked).write(replay(reply))]
+        parts = [part for body in objects for part in body["candidates"][0]["content"]["parts"]]
+        objects[-1]["candidates"][0]["content"]["parts"] = [part for part in parts if part != GEMINI_LAST] or [GEMINI_LAST]
+        return objects[-1]
+
+    def decode_stream(self, batches: Iterable[List[Frame]]) -> Iterator[List[Event]]:
+        reader = GeminiReader()
+        for frames in batches:
+            yield reader.read(frames)
+        rest = reader.end()
+        if rest:
+            yield rest
+
+    def encode_stream(self, batches: Iterable[List[Event]], asked: Optional[Request] = None) -> Iterator[List[Frame]]:
+        """The frames of a stream; thoughts only if they were `asked` for. An array of the same objects is the other form."""
+        writer = GeminiWriter(asked)
+        for events in sequence(map(gemini_uncut, batches)):
+            yield writer.write(events)
+
+    def encode_error(self, error: ProxyError) -> Json:
+        return gemini_error(error)
+
+    def decode_usage(self, body: Json) -> Optional[Usage]:
+        return gemini_usage(gemini_fields(body).get("usageMetadata"))
+
+    def stop_reason(self, body: Json) -> Optional[str]:
+        candidates = gemini_list(body.get("candidates"))
+        return text_or_none(gemini_fields(candidates[0]).get("finishReason")) if candidates else None
+
+
+# ---- the other verbs --------------------------------------------------------
+
+
+def gemini_countable(body: Json) -> Json:
+    """The generateContent body inside a countTokens body: {"contents":[…]} or {"generateContentRequest":{…}}"""
+    inner = gemini_fields(body).get("generateContentRequest")
+    return body if inner is None else want_object(inner, "generateContentRequest")
+
+
+def gemini_model_entry(model: str, label: Optional[str] = None, version: Optional[str] = None, description: Optional[str] = None,
+                       input_limit: Optional[int] = None, output_limit: Optional[int] = None, embeds: bool = False,
+                       thinks: bool = False) -> Json:
+    """{"name":"models/ID","version","displayName","description","inputTokenLimit","outputTokenLimit","supportedGenerationMethods":[…]}"""
+    verbs = ["embedContent", "batchEmbedContents"] if embeds else ["generateContent", "streamGenerateContent", "countTokens"]
+    limits = {"inputTokenLimit": input_limit, "outputTokenLimit": output_limit}
+    return {"name": f"models/{model}", "baseModelId": model, "version": version or model, "displayName": label or model,
+            "description": description or label or model, **{name: limit for name, limit in limits.items() if limit is not None},
+            "supportedGenerationMethods": verbs, **({"thinking": True} if thinks else {})}
+
+
+def gemini_embedding_request(body: Json, verb: str) -> Tuple[List[str], Optional[int]]:
+    """(texts, dimensions) of {"content":{"parts":[{"text"}]},"outputDimensionality"} or, for
+    batchEmbedContents, {"requests":[{"content",…}]}"""
+    batch = verb == "batchEmbedContents"
+    requests = want_list(gemini_fields(body), "requests") if batch else [body]
+    texts: List[str] = []
+    dimensions: Optional[int] = None
+    for at, request in enumerate(requests):
+        path = f"requests.{at}.content" if batch else "content"
+        fields = gemini_fields(want_object(request, path))
+        words = [name_in(part, "text") for part in gemini_parts(fields.get("content"), path)]
+        if not any(words) or not all(words):
+            raise ClientError(f"{path}: only text can be embedded, and there must be some", param=path)
+        texts.append("\n".join(words))
+        config = gemini_fields(fields.get("embedContentConfig"))
+        dimensions = dimensions or want_count(fields, "outputDimensionality") or want_count(config, "outputDimensionality")
+    if not texts:
+        raise ClientError("requests: at least one is required", param="requests")
+    return texts, dimensions
+
+
+def gemini_embedding_answer(vectors: Sequence[Sequence[float]], verb: str) -> Json:
+    """{"embedding":{"values":[…]}} or, for batchEmbedContents, {"embeddings":[{"values":[…]}]}"""
+    if verb == "batchEmbedContents":
+        return {"embeddings": [{"values": list(vector)} for vector in vectors]}
+    return {"embedding": {"values": list(vectors[0]) if vectors else []}}
 
 
 ###############################################################################
@@ -2667,7 +7225,7 @@ def count_request(estimator: TokenEstimator, request: Request, model: str) -> in
     tools = "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or {}}).decode()
                       for tool in request.tools)
     turns = sum(message.role in ("user", "assistant") for message in request.messages)
-    forced = isinstance(request.tool_choice, dict) and request.tool_choice.get("type") in ("any", "tool")
+    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
     framing = framing_tokens(model, turns, estimator.text(tools, family), forced, calls)
     return max(1, estimator.text("\n".join(texts), family) + media + framing)
 
@@ -2695,7 +7253,7 @@ def _gather(block: Block, model: str, texts: List[str]) -> int:
 # Which codec speaks a dialect, what the account's models are called and can
 # do, and what a request will become.
 
-CODECS: Dict[str, Codec] = {CHAT: ChatCodec(), RESPONSES: ResponsesCodec(), MESSAGES: MessagesCodec()}
+CODECS: Dict[str, Codec] = {CHAT: ChatCodec(), RESPONSES: ResponsesCodec(), MESSAGES: MessagesCodec(), GEMINI: GeminiCodec()}
 
 # ---- model records ----------------------------------------------------------
 
@@ -2773,6 +7331,14 @@ def model_entry(record: Json, whole: bool = False) -> Json:
         entry["capabilities"] = record.get("capabilities")
         entry["supported_endpoints"] = record.get("supported_endpoints")
     return entry
+
+
+def gemini_model(record: Json) -> Json:
+    """One entry of GET /v1beta/models."""
+    thinks = any(model_capability(record, "supports", name) for name in ("reasoning_effort", "adaptive_thinking", "max_thinking_budget"))
+    return gemini_model_entry(record["id"], text_or_none(record.get("name")), text_or_none(record.get("version")), None,
+                              usable_prompt_cap(record), model_limit(record, "max_output_tokens"),
+                              EMBEDDINGS in endpoint_dialects(record), thinks)
 
 
 # ---- names ------------------------------------------------------------------
@@ -2865,10 +7431,122 @@ class Catalogue:
         return max(members, default=None, key=lambda name: model_version(plain_name(name), family))
 
 
+# ---- what the model can do ---------------------------------------------------
+
+
+def fitted(request: Request, record: Optional[Json], upstream: str, fill: bool) -> Request:
+    """The request within the model's limits: output tokens, and thinking in the form and strength it knows.
+
+    `fill`: a missing output limit becomes the model's own (Messages needs one).
+    """
+    if record is None:
+        return request
+    limit = model_limit(record, "max_output_tokens")
+    tokens = request.max_tokens if request.max_tokens is not None or not (fill or upstream == MESSAGES) else limit
+    tokens = min(tokens, limit) if tokens and limit else tokens
+    return replace(request, max_tokens=tokens, reasoning=fitted_reasoning(request.reasoning, record, upstream))
+
+
+def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str) -> Optional[Reasoning]:
+    """Thinking as the model can: adaptive where it is, a budget within its bounds, an effort of its list; None for a
+    model that does not think."""
+    efforts = model_capability(record, "supports", "reasoning_effort")
+    adaptive = model_capability(record, "supports", "adaptive_thinking") is True
+    most = model_capability(record, "supports", "max_thinking_budget")
+    if asked is None or not efforts and not adaptive and not most:
+        return None
+    effort = asked.effort or (effort_of_budget(asked.budget) if asked.budget and asked.budget > 0 else None)
+    effort = clamped_effort(effort, efforts) if isinstance(efforts, list) and efforts and effort else (effort if adaptive else None)
+    if upstream != MESSAGES or asked.mode == "off":
+        return replace(asked, effort=effort, budget=None if effort else asked.budget)
+    if asked.mode is None and not effort and not asked.budget:
+        return None
+    if adaptive:
+        return replace(asked, mode="adaptive", effort=effort, budget=None)
+    least = model_capability(record, "supports", "min_thinking_budget") or 1024
+    budget = asked.budget if asked.budget and asked.budget > 0 else budget_of_effort(asked.effort or "medium")
+    return replace(asked, mode="on", effort=None, budget=max(least, min(budget, most or budget)))
+
+
+def clamped_effort(effort: str, efforts: Sequence[str]) -> str:
+    """The nearest effort of a model's list: itself, `max` for a missing `xhigh`, else the next lower, else the lowest."""
+    if effort in efforts:
+        return effort
+    if effort == "xhigh" and "max" in efforts:
+        return "max"
+    rank = EFFORTS.index(effort) if effort in EFFORTS else EFFORTS.index("medium")
+    known = [listed for listed in EFFORTS if listed in efforts]
+    lower = [listed for listed in known if EFFORTS.index(listed) <= rank]
+    return (lower or known[:1] or [effort])[-1]
+
+
+# ---- names nobody has -------------------------------------------------------
+
+# Tiers of a family, dearest first; a name without one of these words has the tier marked "". Clients make side requests
+# under names of their own (clients.md): they get what the account has of that family, never a dearer tier (DESIGN 8).
+TIERS: Dict[str, Tuple[str, ...]] = {"claude": ("fable", "opus", "sonnet", "haiku"), "gemini": ("pro", "flash", "flash-lite")}
+OTHER_TIERS = ("base", "mini", "nano")
+
+
+def family_of(name: str) -> str:
+    """The name up to its first digit: `o4-mini` -> o, `grok-9` -> grok, `claude-opus-9` -> claude."""
+    stem = re.split(r"\d", plain_name(name), maxsplit=1)[0].strip("-. ")
+    return next((family for family in TIERS if stem.startswith(family)), stem)
+
+
+def tier_of(name: str, family: str) -> int:
+    """The place of a name in its family's tiers, 0 the dearest."""
+    tiers = TIERS.get(family, OTHER_TIERS)
+    words = plain_name(name)
+    found = [place for place, tier in enumerate(tiers) if re.search(rf"(^|-){tier}(-|$)", words)]
+    return max(found, default=tiers.index("sonnet") if family == "claude" else 0)
+
+
+def kindred(name: str, catalogue: Catalogue, small: str) -> Optional[str]:
+    """What the account has for a name nobody has: the dearest model of its family that is no dearer, the newest of
+    these; else the small model. None for a name of no family."""
+    family = family_of(name)
+    chats = [record["id"] for record in catalogue.offered() if model_capability(record, "type") in (None, "chat")]
+    kin = [known for known in chats if family_of(known) == family]
+    if not family or not kin and family not in TIERS:
+        return None
+    asked = tier_of(name, family)
+    fitting = [known for known in kin if tier_of(known, family) >= asked]
+    best = max(fitting, default=None, key=lambda known: (-tier_of(known, family), model_version(plain_name(known), family), -len(known)))
+    found = catalogue.find(small)
+    return best or (found[0] if found else None)
+
+
+# ---- routes -----------------------------------------------------------------
+
+# client dialect -> upstream dialects in the order they are preferred (DESIGN 8 "Routing")
+ROUTING = {MESSAGES: (MESSAGES, RESPONSES, CHAT), CHAT: (CHAT, MESSAGES, RESPONSES),
+           RESPONSES: (RESPONSES, MESSAGES, CHAT), GEMINI: (CHAT, MESSAGES, RESPONSES)}
+# The seeds' refusals, word for word (console reference A.5): (client dialect, only the native dialect allowed) -> text.
+REFUSALS = {
+    (CHAT, False): "This model does not support the chat/completions endpoint. Please use /v1/messages or /v1/responses.",
+    (RESPONSES, False): "This model does not support the responses endpoint. Please choose a different model.",
+    (RESPONSES, True): "This model does not support the responses endpoint. Please choose a different model.",
+    (GEMINI, False): "This model does not support Gemini-compatible requests. Please switch model.",
+    (GEMINI, True): "This model does not support chat/completions. Please switch model.",
+}
+
+
+def choose_dialect(client: str, served: Sequence[str], only_first: bool = False) -> str:
+    """The upstream dialect for a client's; raises ClientError in the seeds' words where none fits."""
+    wanted = ROUTING[client][:1] if only_first else ROUTING[client]
+    fitting = [dialect for dialect in wanted if dialect in served]
+    if fitting:
+        return fitting[0]
+    if client == MESSAGES:
+        return CHAT  # there is no 400 here: upstream says what is wrong
+    raise ClientError(REFUSALS[client, only_first], code="unsupported_api_for_model", param="model")
+
+
 def unknown_model(name: str, dialect: str) -> ClientError:
     """The refusal of a name nobody has: 404 where the dialect knows that, else 400 (DESIGN 8, "Names nobody has")."""
     message = f"The model '{name}' does not exist or this account has no access to it; GET /v1/models lists the names"
-    if dialect == MESSAGES:
+    if dialect in (MESSAGES, GEMINI):
         return ClientError(message, status=404, code="model_not_found", param="model")
     return ClientError(message, code="model_not_supported", param="model")
 
@@ -3129,6 +7807,7 @@ class Paths:
         self.token = os.path.join(self.home, self.oauth_app, name)
         self.identity = os.path.join(self.home, "identity.json")
         self.models = os.path.join(os.path.dirname(self.token), "ent_models.json" if self.enterprise else "models.json")
+        self.demo_models = os.path.join(self.home, "demo_models.json")
         self.lock = os.path.join(self.home, ".lock")
         self.logs = env.get("COPILOT_API_LOG_DIR") or os.path.join(self.home, "logs")
 
@@ -3679,6 +8358,60 @@ def broken_config(path: str, text: str, exc: json.JSONDecodeError) -> str:
     shown = re.sub(r'"(?:[^"\\]|\\.)*"?(?:\s*:)?|[^\s{}\[\],:"]+', _masked, line).strip()
     return (f"{path} is broken: {exc.msg}, line {exc.lineno} column {exc.colno}: {shown[:200]}\n"
             "Nothing was overwritten. Repair the line, or move the file away to start with defaults.")
+
+
+# ---- memory -----------------------------------------------------------------
+
+
+class Recollection:
+    """What clients that keep only text and tool-call ids cannot carry: call id -> the thinking that led to it, sealed.
+
+    Least recently used entries go first beyond the limit; lost at a restart, as the reference allows (DESIGN 4).
+    """
+
+    LIMIT_BYTES = 32 << 20
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: Dict[str, Tuple[Thinking, ...]] = {}  # in order of use; guarded by _lock
+        self._size = 0  # guarded by _lock
+
+    def keep(self, call_ids: Sequence[str], thinking: Sequence[Thinking]) -> None:
+        """Remembers the thinking of one answer under the first of its calls."""
+        if not call_ids or not thinking:
+            return
+        with self._lock:
+            self._drop(call_ids[0])
+            self._kept[call_ids[0]] = tuple(thinking)
+            self._size += self._weight(thinking)
+            while self._size > self.LIMIT_BYTES:
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, call_id: str) -> None:
+        self._size -= self._weight(self._kept.pop(call_id, ()))
+
+    @staticmethod
+    def _weight(thinking: Sequence[Thinking]) -> int:
+        return sum(len(block.text) + len(block.signature or "") + 200 for block in thinking)
+
+    def restored(self, request: Request) -> Request:
+        """The request with what is remembered put before the calls it led to, where the client sent none of it."""
+        return replace(request, messages=[replace(message, content=self._with_thinking(message.content))
+                                          if message.role == "assistant" else message for message in request.messages])
+
+    def _with_thinking(self, blocks: List[Block]) -> List[Block]:
+        if any(isinstance(block, Thinking) and block.signature or getattr(block, "seal", None) for block in blocks):
+            return blocks
+        filled: List[Block] = []
+        for block in blocks:
+            if isinstance(block, ToolCall):
+                with self._lock:
+                    known = self._kept.pop(block.id, ())
+                    if known:
+                        self._kept[block.id] = known  # used last now
+                filled.extend(known)
+            filled.append(block)
+        return filled
 
 
 # ---- logs -------------------------------------------------------------------
@@ -4890,6 +9623,7 @@ class Account:
         self.direct = False  # the GitHub token itself is the bearer (opencode's app)
         self.copilot: Optional[CopilotToken] = None
         self.flight = SingleFlight()
+        self.key = hashlib.sha256(token.encode()).hexdigest()[:12]  # names the account in carriers; stable over restarts
 
 
 NOT_SIGNED_IN = "not_signed_in"
@@ -5394,7 +10128,31 @@ def random_uuid() -> str:
     return uuid_of(os.urandom(16).hex())
 
 
-class Copilot:
+class Provider:
+    """What the ten steps ask of an upstream: it takes wire bodies in one of its dialects and answers in that dialect.
+
+    `open` raises TransportError and ClientGone; `fetch_models` and `fetch_account` raise UpstreamError and ClientError 401.
+    """
+
+    name = ""
+    stand_ins: Dict[str, str] = {}  # operation -> the model that answers for names nobody has
+    accounts: "Accounts"
+    seen_headers: Dict[str, str]  # of the last good answer: they tell what is left of the quota
+
+    def open(self, plan: Plan, token: CopilotToken, body: bytes, stopper: Stopper, client_headers: Dict[str, str]) -> Any:
+        """Sends one request of a plan and gives its answer, to be read like an Answer."""
+        raise NotImplementedError
+
+    def fetch_models(self) -> Json:
+        """The model list as upstream writes it."""
+        raise NotImplementedError
+
+    def fetch_account(self) -> Json:
+        """The quota document."""
+        raise NotImplementedError
+
+
+class Copilot(Provider):
     """GitHub Copilot: one account's API, addressed as VS Code does (or as opencode does in direct mode)."""
 
     name = "copilot"
@@ -5403,7 +10161,7 @@ class Copilot:
         self._upstream = upstream
         self.accounts = accounts
         self.identity = identity
-        self.seen_headers: Dict[str, str] = {}  # of the last good answer: they tell what is left of the quota
+        self.seen_headers = {}
         self._settings = settings
 
     def open(self, plan: Plan, token: CopilotToken, body: bytes, stopper: Stopper,
@@ -5493,9 +10251,9 @@ class Copilot:
 class Models:
     """The catalogue of the moment: fetched in the background, kept on disk, the last good one served on failure."""
 
-    def __init__(self, provider: Copilot, paths: Paths, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, provider: Provider, path: str, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self._provider = provider
-        self._path = paths.models
+        self._path = path  # where the last list is kept
         self._log = log
         self._clock = clock
         self._flight = SingleFlight()
@@ -5580,6 +10338,841 @@ class Models:
         return catalogue
 
 
+# ---- the demo model ---------------------------------------------------------
+#
+# A deterministic model for `start --demo`: it does what directives in the prompt say. They may stand anywhere in a
+# user's text, follow each other and nest, so that a sub-agent's prompt can carry its own:
+#
+#   [[tool:bash CMD]] [[tool:read PATH]] [[tool:write PATH :: TEXT]] [[tool:list PATH]] [[tool:patch PATH :: TEXT]]
+#   [[tool:task PROMPT]]         call whichever offered tool plays that role; [[tool:first]]: the first one, arguments made up
+#   [[call:NAME {json}]]         call a tool with exactly these arguments, [[call:NAME text]] a free-form one
+#   [[parallel: A ;; B ;; C]]    several calls in one turn, each `tool:…` or `call:…`
+#   [[think:TEXT]] [[pre:TEXT]]  think, or say, TEXT before the next step
+#   [[say:TEXT]] [[long:N]] [[json:{…}]]  the final answer: TEXT (with %name%, see `demo_filled`), N tokens, this JSON
+#   [[stop:REASON]]              end the final turn with end | length | refusal | pause | filter
+#   [[delay:MS]] [[gap:MS]] [[cut:N]]  wait before a turn, between its pieces; drop the line after N pieces (first attempt)
+#   [[usage:IN,OUT,CACHED]]      report these token counts
+#   [[error:STATUS opts msg]]    answer an error; opts: x=N (first N attempts only) at=STEP type=T code=C retry-after=S
+#   [[midstream:TYPE msg]]       begin a good stream, then fail in it (first attempt; opts x= and at=)
+#   [[id:TOKEN]]                 nothing, but attempts are counted apart
+#
+# Each assistant turn does one tool step. Which are done is counted in the tool results behind the directives, so the
+# model needs no memory; a step whose tool is not offered is skipped. Then follows the final answer, or `DONE` and the
+# last result. The words are a contract with test drivers; they are those of their scripted model.
+
+DEMO_NAMES = "tool|call|parallel|think|pre|say|long|json|stop|delay|gap|cut|usage|error|midstream|id"
+DEMO_HEAD = re.compile(rf"\[\[({DEMO_NAMES}):")
+DEMO_MARK = re.compile(rf"\[\[(?:{DEMO_NAMES}):|\]\]")
+DEMO_JSON = re.compile(r"(?:call:\s*\S+\s+|json:\s*)(?=[{\[])")  # a directive whose argument JSON itself ends
+DEMO_OPTION = re.compile(r"([a-z-]+)=(\S+)$")
+DEMO_WORD = re.compile(r"\S{1,32}\s*|\s+")  # a piece of a stream; JSON without blanks is cut, too
+# Heads looked at in one text: each that is never closed costs a pass to the end of the text.
+DEMO_MOST = 1000
+DEMO_LARGEST = 1_000_000  # of any number in a directive: tokens, milliseconds, pieces
+
+
+def demo_directives(text: str) -> List[Tuple[str, str]]:
+    """(name, argument) of every outermost directive of a text, in order."""
+    found: List[Tuple[str, str]] = []
+    head = DEMO_HEAD.search(text)
+    for _ in range(DEMO_MOST):
+        if head is None:
+            break
+        end = demo_json_end(text, head.start()) or demo_end(text, head.end())
+        if end is not None:
+            found.append((head.group(1), text[head.end():end - 2].strip()))
+        head = DEMO_HEAD.search(text, head.end() if end is None else end)
+    return found
+
+
+def demo_end(text: str, at: int) -> Optional[int]:
+    """Where the directive ends whose argument begins at `at`; None when it is never closed.
+
+    Directives inside it are passed over. `[[tool:bash [[ -f x ]]]]` ends with the run of brackets.
+    """
+    depth = 1
+    while depth:
+        mark = DEMO_MARK.search(text, at)
+        if mark is None:
+            return None
+        depth += 1 if mark.group() != "]]" else -1
+        at = mark.end()
+    while text.startswith("]", at):
+        at += 1
+    return at
+
+
+def demo_json_end(text: str, at: int) -> Optional[int]:
+    """Where a directive ends that is nothing but JSON behind its name: JSON may hold brackets of its own."""
+    head = DEMO_JSON.match(text, at + 2)
+    if head is None:
+        return None
+    try:
+        end = _DECODER.raw_decode(text, head.end())[1]
+    except (ValueError, RecursionError):
+        return None
+    while text[end:end + 1].isspace():
+        end += 1
+    return end + 2 if text.startswith("]]", end) else None
+
+
+# ---- the demo's tools -------------------------------------------------------
+
+# role -> names of tools that play it, the best first; their argument, the best first
+DEMO_ROLES: Dict[str, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {
+    "bash": (("bash", "shell", "exec_command", "shell_command", "run_shell_command", "local_shell", "execute_command", "run_command",
+              "run_in_terminal", "terminal", "container.exec", "exec", "execute_bash", "run_bash", "sh"),
+             ("command", "cmd", "script", "code", "commands", "input")),
+    "read": (("read", "read_file", "view", "view_file", "cat", "open_file", "get_file"),
+             ("file_path", "filePath", "absolute_path", "path", "filename", "file")),
+    "write": (("write", "write_file", "create_file", "create", "save_file"),
+              ("file_path", "filePath", "absolute_path", "path", "filename", "file")),
+    "list": (("ls", "list", "list_directory", "list_dir", "list_files", "glob"),
+             ("path", "dir_path", "dir", "directory", "target_directory", "pattern")),
+    "patch": (("apply_patch", "patch"), ("input", "patch")),
+    "task": (("agent", "task", "subagent", "dispatch_agent", "spawn_agent", "invoke_agent"),
+             ("prompt", "task", "message", "instructions", "objective")),
+}
+DEMO_CONTENTS = ("content", "contents", "text", "file_text", "data", "body")  # what a `write` tool calls the text
+DEMO_FREE = ("input", "patch", "code", "script")  # what a tool calls the one text it takes
+DEMO_AGENTS = ("subagent_type", "agent_type", "agent", "agent_name")
+DEMO_GENERAL = re.compile(r"general[-_ ]?purpose|generalist|general")  # the agent every client has
+DEMO_CODE_MODE = "run javascript"  # Codex's newest models: the one tool runs scripts that call the others
+
+
+def demo_tool(tools: Sequence[Tool], wanted: str) -> Optional[Tool]:
+    """The offered tool of a name or role; names may have got a prefix on their way (`mcp__x__bash`, `functions.shell`)."""
+    exact = [tool for tool in tools if tool.name == wanted]
+    if exact:
+        return exact[-1]
+    if wanted == "first":
+        return next((tool for tool in tools if tool.kind == "function"), None)
+    names = DEMO_ROLES[wanted][0] if wanted in DEMO_ROLES else (wanted,)
+    known = {demo_letters(tool.name): tool for tool in reversed(tools)}
+    alike = [known[demo_letters(name)] for name in names if demo_letters(name) in known]
+    endings = [re.compile(rf"(?:^|[._:/-]|__){re.escape(name)}$", re.I) for name in names if len(name) > 3] if not alike else []
+    alike += [tool for ending in endings for tool in tools if ending.search(tool.name)]
+    return alike[0] if alike else None
+
+
+def demo_part(schema: Json, keyword: str, kind: type) -> Any:
+    """What a schema says under a keyword that takes a `dict` or a `list`; empty for anything else."""
+    value = schema.get(keyword)
+    return value if isinstance(value, kind) else kind()
+
+
+def demo_letters(name: str) -> str:
+    """A name without case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def demo_call(tools: Sequence[Tool], spec: str) -> Optional[ToolCall]:
+    """The call of `tool:ROLE ARGUMENT` or `call:NAME ARGUMENT`, still without an id; None when no such tool is offered."""
+    verb, _, rest = spec.strip().partition(":")
+    wanted, argument = (rest.split(None, 1) + ["", ""])[:2]
+    tool = demo_tool(tools, wanted)
+    if tool is None:
+        return None
+    arguments = demo_exact(tool, argument.strip()) if verb == "call" else demo_fitting(tool, wanted, argument.strip())
+    own = tool.kind in ("custom", "search") or tool.kind == "server" and tool.name == "local_shell"
+    return ToolCall("", tool.name, arguments, tool.kind if own else "function", tool.namespace)
+
+
+def demo_exact(tool: Tool, argument: str) -> str:
+    """The arguments as they were written; text for a tool that takes JSON is wrapped."""
+    if tool.kind == "custom" or load_object(argument or "{}") is not None:
+        return argument if tool.kind == "custom" else argument or "{}"
+    return json.dumps({"input": argument}, ensure_ascii=False)
+
+
+def demo_fitting(tool: Tool, role: str, argument: str) -> str:
+    """The arguments that make the tool do what its role says, all others as small as its schema allows."""
+    free = role == "patch"
+    if free:
+        path, _, content = argument.partition("::")
+        lines = "".join(f"+{line}\n" for line in content.strip().split("\n"))
+        argument = f"*** Begin Patch\n*** Add File: {path.strip()}\n{lines}*** End Patch"
+    elif role in ("bash", "read") and DEMO_CODE_MODE in (tool.description or "")[:200].lower():
+        free, command = True, argument if role == "bash" else f"cat {argument}"
+        argument = f"const r = await tools.exec_command({{cmd: {json.dumps(command)}}}); text(r);"
+    if tool.kind == "custom":
+        return argument
+    schema = tool.schema or {}
+    if free:
+        names = list(demo_part(schema, "properties", dict))
+        arguments: Json = {next((name for name in DEMO_FREE if name in names), names[0] if names else "input"): argument}
+    elif tool.kind == "server" and tool.name == "local_shell":
+        arguments = {"type": "exec", "command": ["bash", "-lc", argument], "env": {}}
+    else:
+        arguments = demo_role_arguments(tool, role, argument)
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def demo_role_arguments(tool: Tool, role: str, argument: str) -> Json:
+    """The smallest valid arguments, with the role's own argument put where the tool wants it."""
+    smallest = demo_instance(tool.schema, tool.schema) if tool.schema else {}
+    arguments: Json = smallest if isinstance(smallest, dict) else {}
+    if role not in DEMO_ROLES:
+        return arguments
+    value, _, content = argument.partition("::") if role == "write" else (argument, "", "")
+    demo_put(arguments, tool.schema or {}, DEMO_ROLES[role][1], value.strip(), ["bash", "-lc"] if role == "bash" else [])
+    if role == "write":
+        demo_put(arguments, tool.schema or {}, DEMO_CONTENTS, content.strip(), [])
+    if role == "task":
+        general = DEMO_GENERAL.search(json.dumps(tool.schema) + (tool.description or ""))
+        for name, schema in demo_part(tool.schema or {}, "properties", dict).items():
+            if name in DEMO_AGENTS and not (isinstance(schema, dict) and schema.get("enum")):
+                arguments[name] = general.group() if general else "general-purpose"
+    return arguments
+
+
+def demo_put(arguments: Json, schema: Json, names: Sequence[str], value: str, ahead: List[str]) -> None:
+    """Changes the arguments: sets the first of the names that the schema knows, as a list where it wants one."""
+    properties = demo_part(schema, "properties", dict)
+    name = next((name for name in names if name in properties), names[0])
+    is_list = demo_type(demo_resolved(properties.get(name), schema)) == "array"
+    arguments[name] = ahead + [value] if is_list else value
+
+
+# ---- the smallest instance of a schema --------------------------------------
+
+DEMO_DEEPEST = 12  # levels; a reference costs two, so that schemas which refer to themselves end
+
+
+def demo_instance(schema: Any, root: Any, hint: str = "x", depth: int = 0) -> Any:
+    """The smallest value a JSON schema allows, by the common keywords; texts are named after their property."""
+    depth += 2 if isinstance(schema, dict) and "$ref" in schema else 1
+    schema = demo_resolved(schema, root)
+    if not isinstance(schema, dict) or depth > DEMO_DEEPEST:
+        return hint
+    stated = [schema[name] for name in ("const", "default") if name in schema] + demo_part(schema, "enum", list)[:1]
+    if stated:
+        return stated[0]
+    options = [demo_resolved(option, root) for option in demo_part(schema, "anyOf", list) or demo_part(schema, "oneOf", list)]
+    if options:
+        best = next((option for option in options if isinstance(option, dict) and demo_type(option) != "null"), options[0])
+        return demo_instance(best, root, hint, depth)
+    parts = [demo_instance(part, root, hint, depth) for part in demo_part(schema, "allOf", list)]
+    if parts:
+        objects = [part for part in parts if isinstance(part, dict)]
+        return {name: value for part in objects for name, value in part.items()} if objects else parts[-1]
+    writer = DEMO_INSTANCES.get(demo_type(schema))
+    if writer is not None:
+        return writer(schema, root, hint, depth)
+    return ("http://example.com/" if schema.get("format") in ("uri", "url") else hint).ljust(demo_bound(schema, "minLength", 0), "x")
+
+
+def demo_object(schema: Json, root: Any, hint: str, depth: int) -> Json:
+    """An object of the required properties."""
+    return {name: demo_instance(demo_part(schema, "properties", dict).get(name, {}), root, name, depth)
+            for name in demo_part(schema, "required", list) if isinstance(name, str)}
+
+
+# type -> its smallest value; anything else is a text
+DEMO_INSTANCES: Dict[str, Callable[[Json, Any, str, int], Any]] = {
+    "object": demo_object,
+    "array": lambda schema, root, hint, depth:
+        [demo_instance(schema.get("items") or {}, root, hint, depth)] * demo_bound(schema, "minItems", 0),
+    "integer": lambda schema, root, hint, depth: demo_bound(schema, "minimum", demo_bound(schema, "exclusiveMinimum", 0) + 1),
+    "number": lambda schema, root, hint, depth: schema["minimum"] if isinstance(schema.get("minimum"), (int, float)) else 1,
+    "boolean": lambda schema, root, hint, depth: False,
+    "null": lambda schema, root, hint, depth: None,
+}
+
+
+def demo_bound(schema: Any, name: str, default: int) -> int:
+    """A whole number of a schema (Gemini's spell them as texts) or of a directive's options, within bounds."""
+    value = schema.get(name, default)
+    try:
+        return max(-DEMO_LARGEST, min(int(value), DEMO_LARGEST))
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+def demo_type(schema: Any) -> str:
+    """The type a schema wants, in small letters; of several the first that is not null."""
+    if not isinstance(schema, dict):
+        return ""
+    wanted = schema.get("type")
+    if isinstance(wanted, list):
+        wanted = next((name for name in wanted if str(name).lower() != "null"), "null")
+    if wanted is None:
+        wanted = "object" if "properties" in schema else "array" if "items" in schema else ""
+    return str(wanted).lower()
+
+
+def demo_resolved(schema: Any, root: Any) -> Any:
+    """The schema behind `$ref: "#/…"`."""
+    for _ in range(DEMO_DEEPEST):
+        if not isinstance(schema, dict) or "$ref" not in schema:
+            break
+        path, schema = str(schema["$ref"]).lstrip("#/").split("/"), root
+        for name in path:
+            schema = schema.get(name.replace("~1", "/").replace("~0", "~"), {}) if isinstance(schema, dict) else {}
+    return schema
+
+
+# ---- what the demo sees -----------------------------------------------------
+
+DEMO_SUMMARY = "SUMMARY-OF-"  # how its summaries begin; behind the directives it means that their steps are done
+DEMO_COMPACTIONS = frozenset(("compaction_summary", "context_compaction"))  # older names of Responses' compaction item
+# Words by which clients ask for a summary (clients.md); such a request holds every old directive, too.
+DEMO_SUMMARIES = re.compile(r"create a detailed summary of (?:the|our|this) conversation|context checkpoint compaction|<state_snapshot>"
+                            r"|summari[sz]e (?:the|this|our) conversation|create a (?:new )?(?:anchored )?summary"
+                            r"|provide a detailed prompt for continuing|handoff summary", re.I)
+DEMO_SUMMARY_SYSTEM = 8000  # characters; a longer system prompt speaks of more than a summary
+DEMO_CONTEXT = re.compile(r"<([a-z_-]*reminder|environment_context|context)[^>]*>.*?</\1>", re.S | re.I)  # a client's, not a prompt
+
+
+@dataclass
+class DemoView:
+    """What the model looks at: the conversation as (role, text), roles being user, assistant, system, call, result.
+
+    Each text block is an item: neighbours of one role are one message in the hub, and a script ends with its text.
+    Leading system messages are no items. `script`: where the directives in force stand, -1 nowhere.
+    """
+
+    request: Request
+    items: List[Tuple[str, str]] = field(default_factory=list)
+    system: str = ""
+    images: int = 0
+    documents: int = 0
+    thoughts: int = 0
+    sealing: bool = False  # Responses asks for a compaction item
+    script: int = -1
+
+    def texts(self, *roles: str) -> List[str]:
+        """The texts of these roles from behind the script on."""
+        return [text for role, text in self.items[self.script + 1:] if role in roles]
+
+    def results(self) -> List[str]:
+        """The tool results the script's steps have got."""
+        return self.texts("result") if self.script >= 0 else []
+
+    def last_words(self) -> str:
+        """What the user said last: neighbouring texts together."""
+        said: List[str] = []
+        for role, text in reversed(self.items):
+            if role == "user":
+                said.insert(0, text)
+            elif said:
+                break
+        return "\n".join(said)
+
+
+def demo_view(request: Request) -> DemoView:
+    """The view of a request."""
+    view = DemoView(request)
+    systems: List[str] = []
+    leading = True
+    for message in request.messages:
+        is_system = message.role in ("system", "developer")
+        leading = leading and is_system
+        for block in message.content:
+            demo_count(view, block)
+            item = demo_item(block, "system" if is_system else message.role)
+            if is_system and item is not None:
+                systems.append(item[1])
+            if item is not None and not leading:
+                view.items.append(item)
+    view.system = "\n".join(systems)
+    view.script = demo_script_at(view.items)
+    return view
+
+
+def demo_count(view: DemoView, block: Block) -> None:
+    """Changes the view: counts a block that is no text, and those inside a tool result."""
+    view.images += isinstance(block, Image)
+    view.documents += isinstance(block, File) or isinstance(block, Opaque) and block.kind == "document"
+    view.thoughts += isinstance(block, Thinking) or block.seal is not None
+    view.sealing |= isinstance(block, Opaque) and block.kind == "compaction_trigger"
+    for part in block.content if isinstance(block, ToolResult) else ():
+        demo_count(view, part)
+
+
+def demo_item(block: Block, role: str) -> Optional[Tuple[str, str]]:
+    """(role, text) of a block, None for one without words."""
+    if isinstance(block, (Text, Refusal)):
+        return (role, block.text) if block.text else None
+    if isinstance(block, ToolCall):
+        return "call", block.arguments
+    if isinstance(block, ToolResult):
+        return "result", "\n".join(part.text for part in block.content if isinstance(part, (Text, Refusal)) and part.text)
+    if isinstance(block, Compaction) or isinstance(block, Opaque) and block.kind in DEMO_COMPACTIONS:
+        return "user", f"{DEMO_SUMMARY}COMPACTED"
+    return None
+
+
+def demo_script_at(items: Sequence[Tuple[str, str]]) -> int:
+    """The index of the user text whose directives are in force: the last with any, until a final answer and a prompt
+    without follow it; -1 when there is none."""
+    script, answered = -1, False
+    for at, (role, text) in enumerate(items):
+        if role == "user" and demo_directives(text):
+            script, answered = at, False
+        elif role == "user" and answered and DEMO_CONTEXT.sub("", text).strip():
+            script, answered = -1, False
+        elif role == "assistant" and text.strip():
+            answered = script >= 0 and (at + 1 == len(items) or items[at + 1][0] == "user")
+        elif role in ("call", "result"):
+            answered = False
+    return script
+
+
+def demo_asks_summary(view: DemoView) -> bool:
+    """Whether a client wants its conversation summed up."""
+    if view.sealing or DEMO_SUMMARIES.search(view.last_words()):
+        return True
+    return len(view.system) < DEMO_SUMMARY_SYSTEM and not view.request.tools and bool(DEMO_SUMMARIES.search(view.system))
+
+
+def demo_asks_verdict(view: DemoView) -> bool:
+    """Whether Claude Code's auto mode asks if a call may run (clients.md)."""
+    return "</block>" in (view.request.stop or ()) or "security monitor" in view.system[:600] and "<block>" in view.last_words()
+
+
+def demo_filled(text: str, view: DemoView) -> str:
+    """The text with its %name% filled in, so that a client can check end to end what reached the model; other words
+    between percent signs stay."""
+    request, results = view.request, view.results()
+    choice = request.tool_choice
+    facts = {
+        "images": view.images, "documents": view.documents, "thoughts": view.thoughts, "results": len(results),
+        "tools": len(request.tools), "items": len(view.items), "system_chars": len(view.system), "model": request.model,
+        "max_tokens": request.max_tokens, "tool_choice": (choice.name or choice.mode) if choice else None,
+        "effort": request.reasoning.effort or "" if request.reasoning else "", "last_result": results[-1].strip() if results else ""}
+    return re.sub(r"%([a-z_]+)%", lambda found: str(facts.get(found.group(1), found.group())), text)
+
+
+def demo_size(view: DemoView) -> int:
+    """About how many tokens a request is: a quarter of the bytes of its words and tools."""
+    said = [view.system] + [text for _, text in view.items]
+    tools = [json.dumps(tool.schema or {}) + (tool.description or "") for tool in view.request.tools]
+    return max(1, sum(len(text.encode("utf-8", "surrogatepass")) for text in said + tools) // 4)
+
+
+# ---- the demo's script ------------------------------------------------------
+
+
+@dataclass
+class DemoScript:
+    """What the directives say. `thoughts` and `openings` by the step they stand before."""
+
+    steps: List[List[ToolCall]] = field(default_factory=list)
+    thoughts: Dict[int, str] = field(default_factory=dict)
+    openings: Dict[int, str] = field(default_factory=dict)
+    final: Optional[str] = None
+    stop: str = "end"
+    usage: Optional[Usage] = None
+    delay_ms: int = 0
+    gap_ms: int = 0
+    cut_after: Optional[int] = None
+    errors: List[str] = field(default_factory=list)
+    faults: List[str] = field(default_factory=list)
+
+    def done(self, results: int) -> int:
+        """How many steps are done when so many results are there: a step is when each of its calls has one."""
+        for step, calls in enumerate(self.steps):
+            results -= len(calls)
+            if results < 0:
+                return step
+        return len(self.steps)
+
+
+def demo_count_of(said: str) -> int:
+    """A number that is not negative; raises ValueError for anything else."""
+    return max(0, min(int(said), DEMO_LARGEST))
+
+
+DEMO_STOPS = {**{row[0]: row[0] for row in STOP_REASONS}, "refusal": "filter"}
+# directive -> field of the script, and what its argument becomes
+DEMO_FIELDS: Dict[str, Tuple[str, Callable[[str], Any]]] = {
+    "say": ("final", str),
+    "json": ("final", str),
+    "long": ("final", lambda said: " ".join(f"w{at}" for at in range(max(1, demo_count_of(said) // 2)))),  # loss is easy to see
+    "stop": ("stop", lambda said: DEMO_STOPS.get(said, "end")),
+    "usage": ("usage", lambda said: Usage(*map(demo_count_of, said.split(",")[:3]))),
+    "delay": ("delay_ms", demo_count_of),
+    "gap": ("gap_ms", demo_count_of),
+    "cut": ("cut_after", demo_count_of),
+}
+
+
+def demo_script(text: str, tools: Sequence[Tool]) -> DemoScript:
+    """The script of a text; a directive with a broken number is passed over."""
+    script = DemoScript()
+    before = {"think": script.thoughts, "pre": script.openings}
+    failures = {"error": script.errors, "midstream": script.faults}
+    for name, said in demo_directives(text):
+        if name in DEMO_FIELDS:
+            field_name, meaning = DEMO_FIELDS[name]
+            try:
+                setattr(script, field_name, meaning(said))
+            except ValueError:
+                continue
+        elif name in before:
+            before[name][len(script.steps)] = said
+        elif name in failures:
+            failures[name].append(said)
+        elif name != "id":
+            specs = said.split(";;") if name == "parallel" else [f"{name}:{said}"]
+            calls = [call for call in (demo_call(tools, spec) for spec in specs) if call is not None]
+            script.steps += [calls] if calls else []
+    return script
+
+
+def demo_failing(said: Iterable[str], step: int, attempt: int, times: int) -> Optional[Tuple[str, Dict[str, str], str]]:
+    """(status or type, options, message) of the first failure that is due in this step and attempt: `x` of them, by
+    default `times`."""
+    for argument in said:
+        name, *words = argument.split() or [""]
+        options: Dict[str, str] = {}
+        while words and DEMO_OPTION.match(words[0]):
+            key, _, options[key] = words.pop(0).partition("=")
+        if demo_bound(options, "at", 0) == step and attempt < demo_bound(options, "x", times):
+            return name, options, " ".join(words)
+    return None
+
+
+# ---- the demo's answer ------------------------------------------------------
+
+
+@dataclass
+class DemoTurn:
+    """What the model does with one request.
+
+    `key` is the same for retries of one turn: who calls counts attempts by it. `events` are the pieces of the
+    stream, with `gap_ms` between them after `delay_ms`, and the line is dropped after `cut_after` pieces. With a
+    `failure` there are none: the answer is an error, with `headers`, and `error_type` as its type where the script
+    names one.
+    """
+
+    key: str
+    events: List[List[Event]] = field(default_factory=list)
+    failure: Optional[Failure] = None
+    error_type: str = ""
+    headers: Dict[str, str] = field(default_factory=dict)
+    delay_ms: int = 0
+    gap_ms: int = 0
+    cut_after: Optional[int] = None
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer; raises UpstreamError when it is none."""
+        if self.failure is not None:
+            raise self.error()
+        return collect(self.events)
+
+    def error(self) -> UpstreamError:
+        """The scripted error as the rest of the gateway knows errors."""
+        error = UpstreamError(self.failure or CUT)
+        error.kind = self.error_type or None
+        return error
+
+
+def demo_pieces(reply: Reply) -> List[List[Event]]:
+    """The stream of an answer, in words; its start knows only what the prompt costs."""
+    usage = replace(reply.usage, output=0, reasoning=0) if reply.usage is not None else None
+    pieces: List[List[Event]] = [[ReplyStart(reply.id, reply.model, reply.created_at, usage)]]
+    for event in replay(reply)[1:]:
+        if isinstance(event, BlockDelta):
+            pieces += [[BlockDelta(event.index, word)] for word in DEMO_WORD.findall(event.text)]
+        else:
+            pieces.append([event])
+    return pieces
+
+
+class DemoModel:
+    """The model behind `demo-chat`, `demo-responses` and `demo-messages`; it remembers nothing.
+
+        turn = model.decide(request)                                  # then count: n = seen[turn.key]
+        turn = model.decide(request, attempt=n) if n else turn        # x=N and [[cut:]] look at the attempt
+    """
+
+    def decide(self, request: Request, attempt: int = 0) -> DemoTurn:
+        """What the model does next. Raises nothing, whatever the request."""
+        view = demo_view(request)
+        if demo_asks_summary(view):
+            return self._summary(view)
+        if demo_asks_verdict(view):
+            return self._turn(view, "verdict", [Text("<block>no" if "</block>" in (request.stop or ()) else "<block>no</block>")])
+        said = view.items[view.script][1] if view.script >= 0 else ""
+        script = demo_script(said, request.tools)
+        if request.tool_choice is not None and request.tool_choice.mode == "none" \
+                or view.script >= 0 and any(DEMO_SUMMARY in text for text in view.texts("user", "system")):
+            script.steps = []
+        step = script.done(len(view.results()))
+        spoken = demo_directives(said) if said else view.last_words()
+        key = self._digest(request.model, spoken, step, len(view.results()), bool(request.tools))
+        error = demo_failing(script.errors, step, attempt, DEMO_LARGEST)
+        if error is not None and error[0].isdecimal():
+            return self._error(key, script, *error)
+        turn = self._step(view, script, step, key)
+        turn.cut_after = script.cut_after if attempt == 0 else None
+        fault = demo_failing(script.faults[::-1], step, attempt, 1)
+        if fault is not None and request.stream:
+            self._break(turn, *fault)
+        return turn
+
+    def _step(self, view: DemoView, script: DemoScript, step: int, key: str) -> DemoTurn:
+        """The turn of a step: its calls, or the final answer behind the last one."""
+        calls, stop, text = [], script.stop, script.openings.get(step)
+        if step < len(script.steps):
+            calls = script.steps[step]
+        elif view.script < 0:
+            calls = self._forced(view)
+        if not calls:
+            text = self._final(view, script)
+        blocks: List[Block] = []
+        thought = script.thoughts.get(step)
+        if thought:
+            blocks.append(Thinking(thought, f"demo_{self._digest(thought)}"))
+        if text:
+            blocks.append(Text(text))
+        blocks += [replace(call, id=f"call_{self._digest(key, len(view.items), at)}") for at, call in enumerate(calls)]
+        return self._turn(view, key, blocks, "tool" if calls else stop, script)
+
+    def _forced(self, view: DemoView) -> List[ToolCall]:
+        """The call that `tool_choice` demands of a prompt without a script."""
+        choice, output = view.request.tool_choice, view.request.output
+        if choice is None or choice.mode not in ("required", "tool") or output is not None and output.schema:
+            return []
+        call = demo_call(view.request.tools, f"tool:{choice.name if choice.mode == 'tool' else 'first'}")
+        return [call] if call is not None else []
+
+    def _final(self, view: DemoView, script: DemoScript) -> str:
+        """The text of the last turn."""
+        output, results = view.request.output, view.results()
+        if output is not None and output.schema and not self._is_json(script.final):
+            return json.dumps(demo_instance(output.schema, output.schema))
+        if script.final is not None:
+            return demo_filled(script.final, view)
+        if output is not None and output.schema is None:
+            return json.dumps({"ok": True})
+        if results:
+            return f"DONE {results[-1].strip()[:2000]}"
+        return f"OK: {self._head(view)}" if view.script >= 0 else self._introduction(view)
+
+    def _introduction(self, view: DemoView) -> str:
+        """What a prompt without directives is answered: who speaks, and what can be tried. No directive stands here that
+        would do harm when a client quotes the answer in a later prompt."""
+        tools = view.request.tools
+        said = [f"You wrote: {self._head(view)}" if self._head(view) else "Hello.",
+                f"This is {view.request.model}, the built-in demo model of copilot_proxy, a gateway that gives every AI client one "
+                "local address on your own GitHub Copilot subscription. No account and no network are used here, and I do not "
+                "think: I do what directives in your prompt say.",
+                "Try [[say:hello]] or [[long:200]]; think, pre, json, stop, usage, delay, gap, cut, error and midstream work alike; "
+                "the comment above DEMO_NAMES in copilot_proxy.py tells how."]
+        shell = demo_tool(tools, "bash")
+        first = shell or demo_tool(tools, "first")
+        if first is not None:
+            said.append(f"You offer me {len(tools)} tool{'s' * (len(tools) > 1)}. Shall I call {first.name}? Say "
+                        f"[[tool:{'bash echo hello' if shell else 'first'}]].")
+        return "\n\n".join(said)
+
+    def _summary(self, view: DemoView) -> DemoTurn:
+        """A summary in the tags it is asked for in, or sealed where Responses wants an item."""
+        count = len(view.items)
+        text = f"{DEMO_SUMMARY}{count}-ITEMS the user asked for scripted steps and they were done."
+        asked = view.system + view.last_words()
+        if "<state_snapshot>" in asked:
+            text = f"<state_snapshot><overall_goal>{text}</overall_goal></state_snapshot>"
+        elif "<summary>" in asked:
+            text = f"<analysis>short</analysis>\n<summary>{text}</summary>"
+        sealed = base64.b64encode(text.encode()).decode()
+        return self._turn(view, f"summary:{count}", [Compaction(sealed, text) if view.sealing else Text(text)])
+
+    def _error(self, key: str, script: DemoScript, status: str, options: Dict[str, str], message: str) -> DemoTurn:
+        """A turn that answers an error, classified as if upstream had answered so; without a clock nothing resets."""
+        headers = {name: options[name] for name in ("retry-after",) if name in options}
+        error = {"message": message or f"scripted error {status}", **{name: options[name] for name in ("type", "code") if name in options}}
+        failure = classify(int(status[:9]), headers, dump_json({"error": error}), 0.0)
+        return DemoTurn(key, [], replace(failure, resets_at=None), options.get("type", ""), headers, script.delay_ms)
+
+    def _break(self, turn: DemoTurn, kind: str, options: Dict[str, str], message: str) -> None:
+        """Changes the turn: it fails behind its first block."""
+        error = {"type": kind, "code": options.get("code"), "message": message or "scripted mid-stream error"}
+        end = next((at for at, events in enumerate(turn.events) if isinstance(events[0], BlockStop)), 0)
+        turn.events[end + 1:] = [[Fault(stream_failure({"error": {name: value for name, value in error.items() if value}}))]]
+
+    def _turn(self, view: DemoView, key: str, blocks: List[Block], stop: str = "end", script: Optional[DemoScript] = None) -> DemoTurn:
+        """The turn that says these blocks, under ids derived from what was said before."""
+        script = script or DemoScript()
+        said = [(main_text(block) or "").encode("utf-8", "surrogatepass") for block in blocks]
+        thought = sum(len(text) for block, text in zip(blocks, said) if isinstance(block, Thinking))
+        usage = script.usage or Usage(demo_size(view), max(1, sum(map(len, said)) // 4), reasoning=thought // 4)
+        reply = Reply(f"msg_{self._digest(key, len(view.items))}", view.request.model, 0, blocks, stop, usage=usage)
+        return DemoTurn(key, demo_pieces(reply), delay_ms=script.delay_ms, gap_ms=script.gap_ms)
+
+    @staticmethod
+    def _head(view: DemoView) -> str:
+        """The last line of the prompt, shortened, without brackets that would make it a script."""
+        lines = view.last_words().strip().splitlines()
+        return re.sub(r"\[\[|\]\]", "", lines[-1])[:80] if lines else ""
+
+    @staticmethod
+    def _digest(*parts: Any) -> str:
+        """24 hex digits that are the same for the same parts."""
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+    @staticmethod
+    def _is_json(text: Optional[str]) -> bool:
+        try:
+            json.loads(text or "")
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+
+# ---- the demo provider ------------------------------------------------------
+
+DEMO_MODELS = {"demo-chat": "/chat/completions", "demo-responses": "/responses", "demo-messages": "/v1/messages",
+               "demo-embeddings": "/embeddings"}
+DEMO_ACCOUNT = "demo"
+DEMO_MOST_TURNS = 1000  # of which attempts are counted; the oldest is forgotten
+
+
+def demo_record(name: str, endpoint: str) -> Json:
+    """The catalogue's entry of one demo model: it can do everything, within common limits."""
+    return {"id": name, "object": "model", "name": f"Demo ({endpoint})", "vendor": "copilot_proxy", "version": name, "preview": False,
+            "model_picker_enabled": True, "supported_endpoints": [endpoint], "capabilities": {
+                "type": "embeddings" if endpoint == "/embeddings" else "chat", "family": name, "tokenizer": "o200k_base", "object": "model_capabilities",
+                "limits": {"max_context_window_tokens": 200_000, "max_prompt_tokens": 168_000, "max_output_tokens": 32_000,
+                           "vision": {"max_prompt_images": 20, "max_prompt_image_size": 20_971_520,
+                                      "supported_media_types": ["image/jpeg", "image/png", "image/webp", "image/gif"]}},
+                "supports": {"streaming": True, "tool_calls": True, "parallel_tool_calls": True, "vision": True, "structured_outputs": True,
+                             "reasoning_effort": list(EFFORTS), "adaptive_thinking": True, "min_thinking_budget": 1024,
+                             "max_thinking_budget": 31_999}}}
+
+
+def demo_embeddings(wire: Json) -> Json:
+    """Vectors that depend on the text alone: OpenAI's answer document."""
+    length = count_or_zero(wire, "dimensions") or 64
+    rows = []
+    for at, text in enumerate(wire["input"]):
+        digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(min(length, 4096))
+        rows.append({"object": "embedding", "index": at, "embedding": [round(byte / 127.5 - 1, 4) for byte in digest]})
+    tokens = sum(len(text) // 4 + 1 for text in wire["input"])
+    return {"object": "list", "data": rows, "model": wire["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+class DemoDeviceFlow(DeviceFlow):
+    """Nobody signs in to the demo."""
+
+    def begin(self, anew: bool = False) -> None:
+        """Does nothing: the page goes on saying who is signed in."""
+
+
+class DemoAccounts(Accounts):
+    """The account of `start --demo`: always signed in, and nobody is ever asked."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.device = DemoDeviceFlow(self, self._upstream, self._log, self._unit_s)
+
+    def settle(self) -> None:
+        """Makes the demo's account the active one."""
+        account = Account(DEMO_ACCOUNT, "--demo")
+        account.login = DEMO_ACCOUNT
+        account.copilot = CopilotToken(Secret(DEMO_ACCOUNT), "", self._clock(), 1.0, direct=True)
+        self.active = account
+        self.settled.set()
+        for notify in self.on_active:
+            notify()
+
+
+class Demo(Provider):
+    """The built-in model behind the same doors and steps as any upstream: wire bodies in, wire bodies out."""
+
+    name = "demo"
+    stand_ins = {"generate": "demo-chat", EMBEDDINGS: "demo-embeddings"}
+
+    def __init__(self, accounts: Accounts) -> None:
+        self.accounts = accounts
+        self.seen_headers = {}
+        self._model = DemoModel()
+        self._lock = threading.Lock()
+        self._seen: Dict[str, int] = {}  # turn -> attempts so far; guarded by _lock
+
+    def open(self, plan: Plan, token: CopilotToken, body: bytes, stopper: Stopper, client_headers: Dict[str, str]) -> "DemoAnswer":
+        """Answers one request; raises ClientGone while it waits as the script says."""
+        wire = json.loads(body)
+        if plan.operation == EMBEDDINGS:
+            return DemoAnswer(200, {}, [dump_json(demo_embeddings(wire))], stopper)
+        codec = CODECS[plan.upstream_dialect]
+        if plan.operation == "count_tokens":
+            size = demo_size(demo_view(codec.decode_request({"max_tokens": 1, **wire})))
+            return DemoAnswer(200, {}, [dump_json({"input_tokens": size})], stopper)
+        try:
+            request = codec.decode_request(wire)
+        except ClientError as error:
+            return DemoAnswer(error.status, {}, [dump_json(codec.encode_error(error))], stopper)
+        turn = self._turn(request)
+        stopper.wait(turn.delay_ms / 1000)
+        if turn.failure is not None:
+            return DemoAnswer(turn.failure.status, turn.headers, [dump_json(codec.encode_error(turn.error()))], stopper)
+        start: Any = turn.events[0][0]
+        turn.events[0][0] = ReplyStart(client_id(plan.upstream_dialect, start.id, start.id), start.model, int(time.time()), start.usage)
+        if not request.stream:
+            return DemoAnswer(200, {}, [dump_json(codec.encode_reply(turn.reply, request))], stopper)
+        pieces = map(format_frames, codec.encode_stream(iter(turn.events), request))
+        return DemoAnswer(200, {"content-type": "text/event-stream"}, pieces, stopper, turn.gap_ms / 1000, turn.cut_after)
+
+    def _turn(self, request: Request) -> DemoTurn:
+        """What the model does, at the attempt this is."""
+        turn = self._model.decide(request)
+        with self._lock:
+            attempt = self._seen.pop(turn.key, 0)
+            self._seen[turn.key] = attempt + 1
+            if len(self._seen) > DEMO_MOST_TURNS:
+                del self._seen[next(iter(self._seen))]
+        return self._model.decide(request, attempt) if attempt else turn
+
+    def fetch_models(self) -> Json:
+        """One model per dialect, and one for embeddings."""
+        return {"object": "list", "data": [demo_record(name, endpoint) for name, endpoint in DEMO_MODELS.items()]}
+
+    def fetch_account(self) -> Json:
+        """A quota document without limits."""
+        return {"login": DEMO_ACCOUNT, "copilot_plan": DEMO_ACCOUNT, "quota_reset_date": "", "quota_snapshots": {
+            name: {"entitlement": 0, "remaining": 0, "percent_remaining": 100.0, "unlimited": True, "quota_id": name,
+                   "overage_count": 0, "overage_permitted": False} for name in ("chat", "completions", "premium_interactions")}}
+
+
+class DemoAnswer:
+    """The demo's answer, read like any upstream's: pieces with a gap between them, and perhaps a cut behind some."""
+
+    def __init__(self, status: int, headers: Dict[str, str], pieces: Iterable[bytes], stopper: Stopper, gap_s: float = 0.0,
+                 cut_after: Optional[int] = None) -> None:
+        self.status = status
+        self.headers = {"content-type": "application/json", "x-request-id": random_uuid(), **headers}
+        self._pieces = iter(pieces)
+        self._stopper = stopper
+        self._gap_s = gap_s
+        self._cut_after = cut_after
+        self._given = 0
+
+    def read(self) -> bytes:
+        """The next bytes, b"" at the end; raises TransportError at the cut, ClientGone."""
+        self._stopper.check()
+        if self._given == self._cut_after:
+            raise TransportError("the upstream connection ended before the answer was complete")
+        if self._given and self._gap_s:
+            self._stopper.wait(self._gap_s)
+        self._given += 1
+        return next(filter(None, self._pieces), b"")
+
+    def read_all(self, limit: int = 1 << 28) -> bytes:
+        """All of it; raises like `read`."""
+        return b"".join(iter(self.read, b""))
+
+    def drain(self, seconds: float) -> None:
+        """Nothing follows the last frame."""
+
+    def close(self) -> None:
+        """There is no connection to give back."""
+
+
 ###############################################################################
 #                                   Ledger                                    #
 ###############################################################################
@@ -5660,7 +11253,7 @@ def usage_row(exchange: Exchange) -> Optional[Row]:
         return None
     return {
         "created_at_ms": exchange.started_ms, "created_at_utc": utc_text(exchange.started_ms), "trace_id": exchange.trace_id,
-        "session_id": plan.caller.session_id or "", "user_id": exchange.account, "source": "copilot",
+        "session_id": plan.caller.session_id or "", "user_id": exchange.account, "source": plan.provider,
         "endpoint": exchange.endpoint, "provider_name": None, "model": plan.model,
         "input_tokens": max(0, usage.input - usage.cache_read - usage.cache_write), "output_tokens": usage.output,
         "cache_read_input_tokens": usage.cache_read, "cache_creation_input_tokens": usage.cache_write,
@@ -5924,10 +11517,10 @@ class RateGate:
 class Planner:
     """Turns the name a client asks for into a model that speaks the client's dialect."""
 
-    def __init__(self, settings: Callable[[], Settings], models: Models, accounts: Accounts) -> None:
+    def __init__(self, settings: Callable[[], Settings], models: Models, provider: Provider) -> None:
         self._settings = settings
         self._models = models
-        self._accounts = accounts
+        self._provider = provider
 
     def choose(self, plan: Plan, stopper: Stopper) -> None:
         """Mapping, then name resolution, then the endpoint; without a catalogue the client's own dialect is tried.
@@ -5935,26 +11528,50 @@ class Planner:
         Fills the plan's model, reason, record and upstream dialect; raises ClientError for names nobody has.
         """
         settings = self._settings()
+        accounts = self._provider.accounts
         name, reasons = self._mapped(plan.asked_model)
-        plan.model, plan.upstream_dialect = name, plan.dialect
-        if self._accounts.settled.is_set() and self._accounts.active is None:
-            raise self._accounts.sign_in_needed()
+        plan.provider, plan.model, plan.upstream_dialect = self._provider.name, name, plan.dialect
+        if accounts.settled.is_set() and accounts.active is None:
+            raise accounts.sign_in_needed()
         catalogue = self._models.current(settings["streams.statusHoldSeconds"], stopper)
         if catalogue is not None:
-            found = catalogue.find(name) or self._models.find_anew(name)
-            if found is None:
-                raise unknown_model(name, plan.dialect)
-            plan.model, reason = found
+            plan.model, reason = self._found(name, catalogue, plan)
             plan.record = (self._models.current() or catalogue).records.get(plan.model)
             reasons += [reason] if reason else []
         plan.model_reason = ",".join(reasons) or None
-        if plan.record is not None and plan.dialect not in self._served(plan.record):
-            raise wrong_endpoint(plan.model, plan.dialect, self._served(plan.record))
+        if plan.operation == EMBEDDINGS:
+            plan.upstream_dialect = EMBEDDINGS
+            if plan.record is not None and EMBEDDINGS not in endpoint_dialects(plan.record):
+                raise wrong_endpoint(plan.model, EMBEDDINGS, endpoint_dialects(plan.record))
+        elif plan.record is not None:
+            plan.upstream_dialect = self._routed(plan.dialect, plan.record, settings)
+        elif plan.dialect == GEMINI:
+            plan.upstream_dialect = CHAT
+        plan.road = "pass-through" if plan.upstream_dialect == plan.dialect else "translated"
+        account = accounts.active
+        plan.origin = origin_of(plan.provider, account.key if account else "", plan.model)
+
+    def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
+        """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
+        found = catalogue.find(name) or self._models.find_anew(name)
+        if found is not None:
+            return found
+        kin = self._provider.stand_ins.get(plan.operation)
+        if kin is None and self._settings()["unknownModels"] == "resolve" and plan.operation != EMBEDDINGS:
+            kin = kindred(name, catalogue, self._settings()["smallModel"])
+        if kin is None:
+            raise unknown_model(name, plan.dialect)
+        return kin, "unknown-name"
+
+    def _routed(self, dialect: str, record: Json, settings: Settings) -> str:
+        served = self._served(record)
+        only_first = dialect == RESPONSES and settings["strictResponses"] or dialect == GEMINI and not settings["geminiFallback"]
+        return choose_dialect(dialect, served, only_first)
 
     def choose_leniently(self, plan: Plan) -> bool:
         """The same for counting, where no name is refused; True when upstream counts for this model."""
         plan.model, _ = self._mapped(plan.asked_model)
-        plan.upstream_dialect = MESSAGES
+        plan.provider, plan.upstream_dialect = self._provider.name, MESSAGES
         catalogue = self._models.current()
         found = catalogue.find(plan.model) if catalogue is not None else None
         if catalogue is None or found is None:
@@ -5977,7 +11594,7 @@ class Planner:
 class Sender:
     """Sends one request until there is an answer or nothing more to try: the Send step."""
 
-    def __init__(self, settings: Callable[[], Settings], provider: Copilot, log: Log, unit_s: float) -> None:
+    def __init__(self, settings: Callable[[], Settings], provider: Provider, log: Log, unit_s: float) -> None:
         self._settings = settings
         self._provider = provider
         self._log = log
@@ -6038,6 +11655,305 @@ class Sender:
             answer.close()
 
 
+class Road:
+    """How an answer of upstream's becomes the client's. One object serves one request, attempt by attempt.
+
+    `stream`, `not_a_stream` and `whole` relay one answer; they raise UpstreamError while nothing of it has been
+    relayed, and end the client's stream legally afterwards.
+    """
+
+    def __init__(self, plan: Plan, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch) -> None:
+        self.plan = plan
+        self.inbound = inbound
+        self.line = line
+        self.exchange = exchange
+        self.watch = watch
+        self.relayed = False  # something of upstream's has reached the client
+
+    def stream_headers(self, upstream: Dict[str, str]) -> List[Tuple[str, str]]:
+        """Headers of the streamed answer."""
+        return stream_headers(self.plan, self.inbound, upstream, self.line)
+
+    def stream(self, answer: Answer) -> None:
+        raise NotImplementedError
+
+    def not_a_stream(self, answer: Answer) -> None:
+        raise NotImplementedError
+
+    def whole(self, answer: Answer) -> None:
+        raise NotImplementedError
+
+    def ending(self, failure: Failure) -> bytes:
+        """What ends a stream of which only the head is out."""
+        raise NotImplementedError
+
+    def relay(self, answer: Answer, data: bytes) -> None:
+        """Sends stream bytes, behind the head if it is not out."""
+        if self.relayed:
+            self.line.send(data)
+            return
+        self.relayed = True
+        self.line.send_first(answer_head(200, self.stream_headers(answer.headers)), data)
+        self.exchange.first_byte_ms = elapsed_ms(self.exchange)
+
+    def finish(self, answer: Answer, data: bytes, failure: Optional[Failure]) -> None:
+        """Sends the last bytes, after the watch has let go, and notes how it ended."""
+        exchange = self.exchange
+        exchange.status, exchange.failure = 200, failure
+        exchange.outcome = "ok" if failure is None else "interrupted" if failure.code == INTERRUPTED else "upstream_error"
+        if exchange.first_byte_ms is None:
+            exchange.first_byte_ms = elapsed_ms(exchange)
+        self.watch.remove(self.line)
+        self.line.finish(data, answer_head(200, self.stream_headers(answer.headers)))
+        if failure is None:
+            answer.drain(DRAIN_S)
+
+    def send_whole(self, answer: Answer, body: bytes, usage: Optional[Usage], model: Any, stop_reason: Optional[str]) -> None:
+        """Sends a complete answer and notes what it used."""
+        exchange = self.exchange
+        exchange.usage, exchange.served_model, exchange.stop_reason = usage, text_or_none(model) or "", stop_reason
+        headers = [*model_headers(self.plan, self.inbound, answer.headers), *usage_headers(usage)]
+        send_whole(self.watch, self.line, exchange, body, headers)
+
+
+class Batches:
+    """Upstream's stream as it arrives: whole frames of one read at a time. `failure` says why it broke off, if it did."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.failure: Optional[Failure] = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        buffer = FrameBuffer()
+        while True:
+            try:
+                data = self._answer.read()
+            except TransportError as exc:
+                self.failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=not exc.timed_out)
+                return
+            except UpstreamError as error:
+                self.failure = error.failure  # the gateway stops
+                return
+            if not data and not is_whole_frame(buffer.rest()):
+                return
+            frames = buffer.feed(data or b"\n\n")  # an end without its blank line still ends the last frame
+            if frames:
+                yield frames
+            if not data:
+                return
+
+
+class PassThroughRoad(Road):
+    """Same dialect on both sides: upstream's own bytes, metered on the way."""
+
+    def __init__(self, plan: Plan, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine, exchange: Exchange,
+                 watch: Watch) -> None:
+        super().__init__(plan, inbound, line, exchange, watch)
+        self._quirks = quirks
+        self._codec = CODECS[plan.dialect]
+
+    def stream(self, answer: Answer) -> None:
+        """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
+        meter, patch = self._codec.meter(self.exchange.trace_id), FramePatch(self.plan, self._quirks)
+        batches, last = Batches(answer), b""
+        try:
+            for frames in batches:
+                out = patch.feed(meter.feed(frames))
+                if not self.relayed and meter.error is not None:
+                    raise UpstreamError(meter.error)
+                if meter.ended:
+                    last = out
+                    break
+                if out:
+                    self.relay(answer, out)
+            if not self.relayed and not meter.ended:
+                raise UpstreamError(batches.failure or CUT)
+            last += meter.close(batches.failure)
+        except ClientGone:
+            meter.close(CUT)  # what was used so far is still billed
+            raise
+        finally:
+            self.exchange.usage, self.exchange.served_model = meter.usage, meter.served_model
+            self.exchange.stop_reason = meter.stop_reason
+        self.finish(answer, last, meter.error)
+
+    def not_a_stream(self, answer: Answer) -> None:
+        """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
+        body = read_whole(answer)
+        value = good_object(answer, body)
+        if self.line.settle():
+            raise UpstreamError(Failure("transport", "provider", 502, "upstream did not stream its answer"))
+        self._send(answer, body, value)
+
+    def whole(self, answer: Answer) -> None:
+        """Relays a whole answer, upstream's bytes."""
+        body = read_whole(answer)
+        self._send(answer, body, good_object(answer, body))
+
+    def _send(self, answer: Answer, body: bytes, value: Json) -> None:
+        self.send_whole(answer, body, self._codec.decode_usage(value), value.get("model"), self._codec.stop_reason(value))
+
+    def ending(self, failure: Failure) -> bytes:
+        """The dialect's ending for a stream without content."""
+        return self._codec.meter(self.exchange.trace_id).close(failure)
+
+
+class TranslatedRoad(Road):
+    """Upstream speaks another dialect: frames -> events -> frames, batch by batch; whole answers by the same values."""
+
+    def __init__(self, plan: Plan, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch,
+                 recollection: Recollection) -> None:
+        super().__init__(plan, inbound, line, exchange, watch)
+        self._asked = request
+        self._recollection = recollection
+        self._client, self._upstream = CODECS[plan.dialect], CODECS[plan.upstream_dialect]
+        self._framing: Callable[[Iterable[Frame]], bytes] = format_frames
+        if plan.dialect == GEMINI and inbound.query.get("alt") != "sse":
+            self._framing = JsonArray()
+
+    def stream_headers(self, upstream: Dict[str, str]) -> List[Tuple[str, str]]:
+        """Headers of the streamed answer; Gemini without `alt=sse` is a JSON array."""
+        headers = super().stream_headers(upstream)
+        return [("Content-Type", "application/json"), *headers[1:]] if self._framing is not format_frames else headers
+
+    def stream(self, answer: Answer) -> None:
+        """Moves events as they arrive: read -> decode -> meter -> encode -> write, one write per read."""
+        batches = Batches(answer)
+        self._stream_events(answer, self._upstream.decode_stream(map(parse_frames, batches)), batches)
+
+    def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches) -> None:
+        plan, exchange = self.plan, self.exchange
+        events = lawful(restore_names(decoded, plan.names), exchange.trace_id)
+        tally = Tally(self, batches, carry(events, plan.origin, plan.dialect, plan.upstream_dialect))
+        last = b""
+        try:
+            for frames in self._client.encode_stream(iter(tally), self._asked):
+                data = self._framing(frames)
+                if tally.ended:
+                    last += data
+                elif data:
+                    self.relay(answer, data)
+        finally:
+            exchange.usage, exchange.served_model, exchange.stop_reason = tally.usage, tally.model, tally.stop_reason
+        self._recollection.keep(tally.calls, tally.thinking)
+        if isinstance(self._framing, JsonArray):
+            last += self._framing.close()
+        self.finish(answer, last, tally.failure)
+
+    def not_a_stream(self, answer: Answer) -> None:
+        """A whole answer where a stream was asked for is told as a stream; an error is an error."""
+        reply = self._upstream.decode_reply(good_object(answer, read_whole(answer)))
+        self._stream_events(answer, [replay(reply)], Batches(answer))
+
+    def whole(self, answer: Answer) -> None:
+        """Translates a whole answer."""
+        plan = self.plan
+        reply = restore_reply(self._upstream.decode_reply(good_object(answer, read_whole(answer))), plan.names)
+        reply = carried_reply(reply, plan.origin, plan.dialect, plan.upstream_dialect)
+        reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id))
+        if plan.dialect == CHAT:
+            thinking = [block for block in reply.content if isinstance(block, Thinking) and block.signature]
+            self._recollection.keep([block.id for block in reply.content if isinstance(block, ToolCall)], thinking)
+        body = dump_json(self._client.encode_reply(reply, self._asked))
+        self.send_whole(answer, body, reply.usage, reply.model, reply.stop_reason)
+
+    def ending(self, failure: Failure) -> bytes:
+        """The dialect's ending for a stream without content."""
+        return stream_ending(self.plan.dialect, failure, self.exchange.trace_id, self._framing)
+
+
+class JsonArray:
+    """Frames as the elements of one JSON array, closed by `close`: Gemini's stream without `alt=sse`."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, frames: Iterable[Frame]) -> bytes:
+        pieces = []
+        for frame in frames:
+            pieces.append(("," if self._begun else "[") + frame.data)
+            self._begun = True
+        return format_text("".join(pieces))
+
+    def close(self) -> bytes:
+        """The bracket that ends the array."""
+        return b"\n]" if self._begun else b"[]"
+
+
+def stream_ending(dialect: str, failure: Failure, trace_id: str,
+                  framing: Callable[[Iterable[Frame]], bytes] = format_frames) -> bytes:
+    """What ends a stream of which only the head is out."""
+    data = b"".join(map(framing, CODECS[dialect].encode_stream(lawful([[Fault(failure)]], trace_id))))
+    return data + (framing.close() if isinstance(framing, JsonArray) else b"")
+
+
+class Tally:
+    """Counts along a translated stream: usage, model, ending, and what a forgetful client cannot keep.
+
+    While nothing has been relayed a Fault is raised: it is still a real status. A stream that broke off tells why.
+    """
+
+    def __init__(self, road: Road, batches: Batches, events: Iterable[List[Event]]) -> None:
+        self._road = road
+        self._batches = batches
+        self._events = events
+        self._begun = False
+        self.ended = False
+        self.failure: Optional[Failure] = None
+        self.usage: Optional[Usage] = None
+        self.model = ""
+        self.stop_reason: Optional[str] = None
+        self.calls: List[str] = []
+        self.thinking: List[Thinking] = []
+
+    def __iter__(self) -> Iterator[List[Event]]:
+        forgetful = self._road.plan.dialect == CHAT
+        waiting = True
+        for events in self._events:
+            if waiting:
+                events = [self._started(event) if type(event) is ReplyStart else event for event in events]
+                waiting = not self._begun
+            if type(events[-1]) is Fault or type(events[-1]) is ReplyStop:
+                events = [*events[:-1], self._ended(events[-1])]
+            if forgetful:
+                self._remember(events)
+            yield events
+
+    def _started(self, start: Any) -> Event:
+        road = self._road
+        self._begun = True
+        self.model, self.usage = start.model, start.usage
+        return ReplyStart(client_id(road.plan.dialect, start.id, road.exchange.trace_id), start.model or road.plan.model,
+                          start.created_at or road.exchange.started_ms // 1000, start.usage)
+
+    def _ended(self, end: Any) -> Event:
+        if type(end) is ReplyStop:
+            self.ended, self.stop_reason, self.usage = True, end.reason, end.usage or self.usage
+            return end
+        self.failure = self._batches.failure if end.failure.code == INTERRUPTED and self._batches.failure else end.failure
+        if not self._road.relayed:
+            raise UpstreamError(self.failure)
+        self.ended = True
+        return Fault(self.failure)
+
+    def _remember(self, events: Sequence[Any]) -> None:
+        for event in events:
+            if type(event) is BlockStart and isinstance(event.block, ToolCall):
+                self.calls.append(event.block.id)
+            elif type(event) is BlockStop and isinstance(event.block, Thinking) and event.block.signature:
+                self.thinking.append(event.block)
+
+
+def good_object(answer: Answer, body: bytes) -> Json:
+    """The JSON of a whole answer; raises UpstreamError for pages and error objects that came as 200."""
+    value = json_object(body)
+    if value is None:
+        raise UpstreamError(classify(502, answer.headers, body, time.time()))
+    if is_error_object(value):
+        raise UpstreamError(stream_failure(value))
+    return value
+
+
 class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
@@ -6051,24 +11967,76 @@ class Gateway:
         self._approve = approve
         self._approve_lock = threading.Lock()  # one question at a time on the terminal
         self._gate = RateGate()
+        self._recollection = Recollection()
 
-    def generate(self, dialect: str, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
-        """Serves one generation request of a dialect; raises ProxyError while nothing has been sent, ClientGone."""
+    def generate(self, dialect: str, inbound: Inbound, line: ClientLine, exchange: Exchange, said: Optional[Json] = None) -> None:
+        """Serves one generation request of a dialect; `said`: what the path says instead of the body (Gemini).
+
+        Raises ProxyError while nothing has been sent, ClientGone.
+        """
         codec = CODECS[dialect]
-        body = want_object(parse_json(inbound.body), "the request body")
+        body = {**want_object(parse_json(inbound.body), "the request body"), **(said or {})}
         request = codec.decode_request(body)
+        if not any(message.role != "system" for message in request.messages) and dialect == GEMINI:
+            raise ClientError(GEMINI_EMPTY)
         plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream)
         plan.caller = identify(inbound.headers, body, request, self._machine_id, self._settings()["initiatorPolicy"])
         self._watch.add(line)
         self._planner.choose(plan, line.stopper)
         quirks = quirks_for(plan)
-        wire = self._shape(plan, body, inbound, quirks)
-        if plan.stream:
-            line.may_open_early(answer_head(200, stream_headers(plan, inbound, {}, line)), codec.keep_alive)
-            self._stream(plan, wire, quirks, inbound, line, exchange)
+        if plan.road == "translated":
+            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection)
+            wire = self._translated(plan, request, quirks)
         else:
+            road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
+            wire = self._shape(plan, body, inbound, quirks)
+        if plan.stream:
+            line.may_open_early(answer_head(200, road.stream_headers({})), codec.keep_alive)
+        try:
             self._permit(plan, line.stopper)
-            self._repeated(partial(self._whole, plan, wire, inbound, line, exchange), line, exchange)
+            self._repeated(partial(self._send_and_relay, plan, wire, road, inbound, line, exchange), line, exchange)
+        except ProxyError as error:
+            if not line.settle():
+                raise
+            exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure_of(error)
+            self._watch.remove(line)
+            line.finish(road.ending(exchange.failure))
+
+    def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> bytes:
+        """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
+        request = opened_request(self._recollection.restored(request), plan.origin, plan.upstream_dialect)
+        request = fitted(request, plan.record, plan.upstream_dialect, self._settings()["fillMaxTokens"])
+        flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect)
+        body = CODECS[plan.upstream_dialect].encode_request(flat)
+        raw = dump_json(body)
+        return dump_json(body) if edit_request(body, raw, plan, quirks) else raw
+
+    def _send_and_relay(self, plan: Plan, wire: bytes, road: Road, inbound: Inbound, line: ClientLine,
+                        exchange: Exchange) -> None:
+        """Sends and relays once; raises UpstreamError while nothing of upstream's has been relayed."""
+        answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
+        try:
+            if not plan.stream:
+                road.whole(answer)
+            elif "text/event-stream" in answer.headers.get("content-type", "text/event-stream"):
+                road.stream(answer)
+            else:
+                road.not_a_stream(answer)
+        finally:
+            answer.close()
+
+    def _repeated(self, once: Callable[[], None], line: ClientLine, exchange: Exchange) -> None:
+        """Runs one relay, again when upstream broke off before anything reached the client; then 504 names the tries."""
+        repeats = 0
+        while True:
+            try:
+                return once()
+            except UpstreamError as error:
+                if error.failure.code != INTERRUPTED:
+                    raise
+                if not self._sender.wait_to_repeat(error.failure, repeats, line.stopper):
+                    raise UpstreamError(unreachable(error.failure.message, exchange.attempts)) from error
+                repeats += 1
 
     def _permit(self, plan: Plan, stopper: Stopper) -> None:
         """Rate limit, then the operator's yes."""
@@ -6087,141 +12055,13 @@ class Gateway:
         if plan.upstream_dialect == MESSAGES:
             plan.betas, plan.dropped = sift_betas(inbound.headers.get("anthropic-beta", ""))
         changed = edit_request(body, inbound.body, plan, quirks)
+        if any(needle in inbound.body for needle in FOREIGN_NEEDLES) and drop_foreign(body, plan.dialect):
+            changed = True
+            plan.edits.append("carriers")
         if body.get("model") != plan.model:
             body["model"], changed = plan.model, True
             plan.edits.append("model")
         return dump_json(body, ascii_only=inbound.body.isascii()) if changed else inbound.body
-
-    # ---- streams ------------------------------------------------------------
-
-    def _stream(self, plan: Plan, wire: bytes, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine,
-                exchange: Exchange) -> None:
-        """Relays a stream. A failure before anything was sent is a real status, a later one the dialect's own ending."""
-        try:
-            self._permit(plan, line.stopper)
-            self._repeated(partial(self._relay, plan, wire, quirks, inbound, line, exchange), line, exchange)
-        except ProxyError as error:
-            if not line.settle():
-                raise
-            failure = failure_of(error)
-            exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure
-            self._watch.remove(line)
-            line.finish(CODECS[plan.dialect].meter(exchange.trace_id).close(failure))
-
-    def _repeated(self, once: Callable[[], None], line: ClientLine, exchange: Exchange) -> None:
-        """Runs one relay, again when upstream broke off before anything reached the client; then 504 names the tries."""
-        repeats = 0
-        while True:
-            try:
-                return once()
-            except UpstreamError as error:
-                if error.failure.code != INTERRUPTED:
-                    raise
-                if not self._sender.wait_to_repeat(error.failure, repeats, line.stopper):
-                    raise UpstreamError(unreachable(error.failure.message, exchange.attempts)) from error
-                repeats += 1
-
-    def _relay(self, plan: Plan, wire: bytes, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine,
-               exchange: Exchange) -> None:
-        """Sends and relays once; raises UpstreamError while nothing of upstream's has been relayed."""
-        answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
-        try:
-            if "text/event-stream" not in answer.headers.get("content-type", "text/event-stream"):
-                self._not_a_stream(plan, answer, inbound, line, exchange)
-                return
-            meter = CODECS[plan.dialect].meter(exchange.trace_id)
-            try:
-                self._pump(plan, answer, FramePatch(plan, quirks), meter, inbound, line, exchange)
-            except ClientGone:
-                meter.close(CUT)  # what was used so far is still billed
-                exchange.usage, exchange.served_model = meter.usage, meter.served_model
-                raise
-            if meter.error is None:
-                answer.drain(DRAIN_S)
-        finally:
-            answer.close()
-
-    def _pump(self, plan: Plan, answer: Answer, patch: FramePatch, meter: Meter, inbound: Inbound, line: ClientLine,
-              exchange: Exchange) -> None:
-        """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
-        head = answer_head(200, stream_headers(plan, inbound, answer.headers, line))
-        buffer, failure, relayed, last = FrameBuffer(), None, False, b""
-        while not meter.ended:
-            try:
-                data = answer.read()
-            except TransportError as exc:
-                failure = Failure("transport", "provider", 502, str(exc), INTERRUPTED, transient=not exc.timed_out)
-                break
-            except UpstreamError as error:
-                failure = error.failure  # the gateway stops
-                break
-            if not data and not is_whole_frame(buffer.rest()):
-                break
-            frames = buffer.feed(data or b"\n\n")  # an end without its blank line still ends the last frame
-            out = patch.feed(meter.feed(frames)) if frames else b""
-            if not relayed and meter.error is not None:
-                raise UpstreamError(meter.error)
-            if meter.ended:
-                last = out
-            elif out and relayed:
-                line.send(out)
-            elif out:
-                relayed = True
-                line.send_first(head, out)
-                exchange.first_byte_ms = elapsed_ms(exchange)
-            if not data:
-                break
-        if not relayed and not meter.ended:
-            raise UpstreamError(failure or CUT)
-        self._finish(meter, failure, head, last, line, exchange)
-
-    def _finish(self, meter: Meter, failure: Optional[Failure], head: bytes, last: bytes, line: ClientLine,
-                exchange: Exchange) -> None:
-        """Sends the last bytes, after the watch has let go, and notes how it ended."""
-        closing = last + meter.close(failure)
-        exchange.status, exchange.usage, exchange.stop_reason = 200, meter.usage, meter.stop_reason
-        exchange.served_model, exchange.failure = meter.served_model, meter.error
-        exchange.outcome = "ok" if meter.error is None else "interrupted" if meter.error.code == INTERRUPTED else "upstream_error"
-        if exchange.first_byte_ms is None:
-            exchange.first_byte_ms = elapsed_ms(exchange)
-        self._watch.remove(line)
-        line.finish(closing, head)
-
-    def _not_a_stream(self, plan: Plan, answer: Answer, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
-        """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
-        body = read_whole(answer)
-        value = self._good_object(answer, body)
-        if line.settle():
-            raise UpstreamError(Failure("transport", "provider", 502, "upstream did not stream its answer"))
-        self._send_whole(plan, answer, body, value, inbound, line, exchange)
-
-    @staticmethod
-    def _good_object(answer: Answer, body: bytes) -> Json:
-        """The JSON of a whole answer; raises UpstreamError for pages and error objects that came as 200."""
-        value = json_object(body)
-        if value is None:
-            raise UpstreamError(classify(502, answer.headers, body, time.time()))
-        if is_error_object(value):
-            raise UpstreamError(stream_failure(value))
-        return value
-
-    # ---- whole answers ------------------------------------------------------
-
-    def _whole(self, plan: Plan, wire: bytes, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
-        """Relays a whole answer, upstream's bytes."""
-        answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
-        try:
-            body = read_whole(answer)
-            self._send_whole(plan, answer, body, self._good_object(answer, body), inbound, line, exchange)
-        finally:
-            answer.close()
-
-    def _send_whole(self, plan: Plan, answer: Answer, body: bytes, value: Json, inbound: Inbound, line: ClientLine,
-                    exchange: Exchange) -> None:
-        codec = CODECS[plan.dialect]
-        exchange.usage, exchange.stop_reason = codec.decode_usage(value), codec.stop_reason(value)
-        exchange.served_model = text_or_none(value.get("model")) or ""
-        send_whole(self._watch, line, exchange, body, [*model_headers(plan, inbound, answer.headers), *usage_headers(exchange.usage)])
 
 
 class Embeddings:
@@ -6235,24 +12075,36 @@ class Embeddings:
     def embed(self, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
         """Serves one request; raises ProxyError, ClientGone."""
         body = want_object(parse_json(inbound.body), "the request body")
-        texts = embedding_inputs(body)
-        plan = exchange.plan = Plan(EMBEDDINGS, operation=EMBEDDINGS, asked_model=want_model(body))
+        whole, headers = self._vectors(body, embedding_inputs(body), EMBEDDINGS, inbound, line, exchange)
+        send_whole(self._watch, line, exchange, dump_json(whole), headers)
+
+    def _vectors(self, body: Json, texts: List[str], dialect: str, inbound: Inbound, line: ClientLine,
+                 exchange: Exchange) -> Tuple[Json, List[Tuple[str, str]]]:
+        """(OpenAI's answer document, headers): the batches sent one after the other and joined."""
+        plan = exchange.plan = Plan(dialect, operation=EMBEDDINGS, asked_model=want_model(body))
         plan.caller.client = client_of(exchange.user_agent)
         self._watch.add(line)
         self._planner.choose(plan, line.stopper)
         size = model_limit(plan.record or {}, "max_inputs") or EMBEDDING_BATCH
         wire = {name: value for name, value in body.items() if name != "encoding_format"}
         answers: List[Json] = []
-        headers: Dict[str, str] = {}
+        upstream: Dict[str, str] = {}
         for at in range(0, len(texts), size):
             wire.update(model=plan.model, input=texts[at:at + size])
-            value, headers = self._batch(plan, wire, inbound, line, exchange)
+            value, upstream = self._batch(plan, wire, inbound, line, exchange)
             answers.append(value)
         whole = join_embeddings(answers, plan.model, body.get("encoding_format") == "base64")
         exchange.usage = Usage(input=count_or_zero(whole, "usage", "prompt_tokens"))
         exchange.served_model = text_or_none(whole["model"]) or plan.model
-        send_whole(self._watch, line, exchange, dump_json(whole),
-                   [*model_headers(plan, inbound, headers), *usage_headers(exchange.usage)])
+        return whole, [*model_headers(plan, inbound, upstream), *usage_headers(exchange.usage)]
+
+    def embed_gemini(self, model: str, verb: str, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
+        """embedContent and batchEmbedContents: the same vectors in Gemini's shape; raises like `embed`."""
+        texts, dimensions = gemini_embedding_request(want_object(parse_json(inbound.body), "the request body"), verb)
+        asked = {"model": model, "input": texts, **({"dimensions": dimensions} if dimensions else {})}
+        whole, headers = self._vectors(asked, texts, GEMINI, inbound, line, exchange)
+        body = gemini_embedding_answer([row["embedding"] for row in whole["data"]], verb)
+        send_whole(self._watch, line, exchange, dump_json(body), headers)
 
     def _batch(self, plan: Plan, wire: Json, inbound: Inbound, line: ClientLine, exchange: Exchange) -> Tuple[Json, Dict[str, str]]:
         answer = self._sender.send(plan, dump_json(wire), inbound, line.stopper, exchange)
@@ -6287,10 +12139,7 @@ class TokenCounter:
         # no model and no messages are readable all the same: clients ask what a bare tool costs
         request = CODECS[MESSAGES].decode_request({**body, "model": body.get("model") or self._settings()["smallModel"],
                                                    "messages": body.get("messages") or [{"role": "user", "content": ""}]})
-        plan = exchange.plan = Plan(MESSAGES, operation="count_tokens", asked_model=request.model)
-        plan.caller.client = client_of(exchange.user_agent)
-        self._watch.add(line)
-        known = self._planner.choose_leniently(plan)
+        plan, known = self._planned(MESSAGES, request.model, line, exchange)
         count = self._at_anthropic(plan, body, line.stopper)
         if count is None and known:
             count = self._at_copilot(plan, body, inbound, line.stopper, exchange)
@@ -6298,6 +12147,21 @@ class TokenCounter:
         if count is None:
             value = {"input_tokens": count_request(self._estimator, request, plan.model), "estimated": True}
         send_whole(self._watch, line, exchange, dump_json(value), model_headers(plan, inbound, {}))
+
+    def count_gemini(self, model: str, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
+        """countTokens: {"totalTokens": n}, our estimate."""
+        body = gemini_countable(want_object(parse_json(inbound.body), "the request body"))
+        request = CODECS[GEMINI].decode_request({**body, "model": model})
+        plan, _ = self._planned(GEMINI, model, line, exchange)
+        total = count_request(self._estimator, request, plan.model)
+        send_whole(self._watch, line, exchange, dump_json({"totalTokens": total}), model_headers(plan, inbound, {}))
+
+    def _planned(self, dialect: str, model: str, line: ClientLine, exchange: Exchange) -> Tuple[Plan, bool]:
+        """(plan, whether upstream counts for the model)."""
+        plan = exchange.plan = Plan(dialect, operation="count_tokens", asked_model=model)
+        plan.caller.client = client_of(exchange.user_agent)
+        self._watch.add(line)
+        return plan, self._planner.choose_leniently(plan)
 
     def _at_anthropic(self, plan: Plan, body: Json, stopper: Stopper) -> Optional[int]:
         """The exact count for a Claude model, None without a key or on any failure (gateway-features 10.1)."""
@@ -6391,7 +12255,7 @@ def failure_of(error: ProxyError) -> Failure:
     return Failure("request", "request", error.status, error.message, error.code)
 
 
-def account_usage(provider: Copilot) -> Json:
+def account_usage(provider: Provider) -> Json:
     """Upstream's quota document with `plan`, `quotas`, `raw` and `login` beside it; raises UpstreamError 502."""
     try:
         document = provider.fetch_account()
@@ -6765,10 +12629,10 @@ def cors_headers(headers: Dict[str, str], settings: Settings) -> List[Tuple[str,
 
 
 def normal_path(path: str) -> str:
-    """The path with `//`, a doubled /v1 and a trailing slash removed."""
-    if "//" in path or path.startswith("/v1/v1"):
+    """The path with `//`, doubled version prefixes and a trailing slash removed."""
+    if "//" in path or path.startswith(("/v1/v1", "/v1beta/v1")):
         path = re.sub(r"/{2,}", "/", path)
-        path = re.sub(r"^(/v1)(/v1)+(?=/|$)", r"\1", path)
+        path = re.sub(r"^(/v1(?:beta)?)(/v1(?:beta)?)+(?=/|$)", r"\1", path)
     return path.rstrip("/") or "/"
 
 
@@ -6811,8 +12675,11 @@ def known_catalogue(app: App) -> Catalogue:
 
 
 def list_models(app: App, inbound: Inbound, name: str) -> PlainAnswer:
-    """GET /v1/models: one body for OpenAI and Anthropic clients."""
-    entries = [model_entry(record) for record in known_catalogue(app).offered()]
+    """GET /v1/models: one body for OpenAI and Anthropic clients, another for Google's."""
+    offered = known_catalogue(app).offered()
+    if dialect_of_stranger(inbound.path, inbound.headers) == GEMINI:
+        return PlainAnswer({"models": [gemini_model(record) for record in offered]})
+    entries = [model_entry(record) for record in offered]
     return PlainAnswer({"object": "list", "data": entries, "has_more": False,
                   "first_id": entries[0]["id"] if entries else None, "last_id": entries[-1]["id"] if entries else None})
 
@@ -6829,7 +12696,9 @@ def one_model(app: App, inbound: Inbound, name: str) -> PlainAnswer:
     found = catalogue.find(target)
     if found is None:
         raise ClientError(f"The model '{name}' does not exist.", status=404, code="model_not_found")
-    return PlainAnswer(model_entry(catalogue.records[found[0]], whole=True))
+    record = catalogue.records[found[0]]
+    is_gemini = dialect_of_stranger(inbound.path, inbound.headers) == GEMINI
+    return PlainAnswer(gemini_model(record) if is_gemini else model_entry(record, whole=True))
 
 
 def show_usage(app: App, inbound: Inbound, name: str) -> PlainAnswer:
@@ -6898,6 +12767,11 @@ ROUTES: Tuple[Route, ...] = (
     Route("POST", "/v1/messages/count_tokens",  "key",    MESSAGES,    None,          "count_tokens"),
     Route("POST", "/v1/embeddings",             "key",    EMBEDDINGS,  None,          "embeddings"),
     Route("POST", "/embeddings",                "key",    EMBEDDINGS,  None,          "embeddings"),
+    Route("POST", "/v1beta/models/*",           "key",    GEMINI,      None,          "gemini"),
+    Route("POST", "/v1/models/*",               "key",    GEMINI,      None,          "gemini"),
+    Route("POST", "/models/*",                  "key",    GEMINI,      None,          "gemini"),
+    Route("GET",  "/v1beta/models",             "key",    GEMINI,      list_models),
+    Route("GET",  "/v1beta/models/*",           "key",    GEMINI,      one_model),
     Route("GET",  "/v1/models",                 "key",    CHAT,        list_models),
     Route("GET",  "/models",                    "key",    CHAT,        list_models),
     Route("GET",  "/api/models",                "key",    CHAT,        list_models),
@@ -6918,27 +12792,35 @@ UNKNOWN_ROUTE = Route("", "", "key", CHAT)
 ADMIN_ROUTE = Route("", "", "admin", CHAT)
 
 
+def dialect_of_stranger(path: str, headers: Dict[str, str]) -> str:
+    """The dialect of a caller on a path that several share, by the headers only its SDKs send (clients.md)."""
+    if path.startswith("/v1beta") or "x-goog-api-key" in headers or "x-goog-api-client" in headers:
+        return GEMINI
+    return MESSAGES if path.startswith("/v1/messages") or "anthropic-version" in headers else CHAT
+
+
 def find_route(method: str, path: str, headers: Dict[str, str]) -> Tuple[Route, str, Optional[ClientError]]:
     """(route, name in the path, error): the error is a 404 or 405 in the dialect the path belongs to."""
     methods, name = ROUTE_TABLE.get(path), ""
     if methods is None:
         parent, _, name = path.rpartition("/")
         methods = ROUTE_TABLE.get(parent + "/*")
-        if methods is None and path.count("/") > 2 and path.startswith(("/v1/models/", "/models/")):
-            stem = "/v1/models/*" if path.startswith("/v1/") else "/models/*"
-            methods, name = ROUTE_TABLE[stem], path[len(stem) - 1:]
+        stem = next((stem for stem in ("/v1/models/", "/v1beta/models/", "/models/") if path.startswith(stem)), None)
+        if methods is None and stem:  # a model name with a slash in it
+            methods, name = ROUTE_TABLE[stem + "*"], path[len(stem):]
     if methods is None:
         route = ADMIN_ROUTE if path == "/admin" or path.startswith("/admin/") else UNKNOWN_ROUTE
-        if path.startswith("/v1/messages") or "anthropic-version" in headers:
-            route = Route("", "", route.access, MESSAGES)
+        route = replace(route, dialect=dialect_of_stranger(path, headers))
         return route, "", ClientError(f"Not found: {method} {path}", status=404, code="not_found")
     route = methods.get("GET" if method == "HEAD" else method)
     if route is None:
         allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
-        return next(iter(methods.values())), "", ClientError(f"{path} does not answer {method}; use {allowed}", status=405,
-                                                             headers={"Allow": allowed})
-    if route.plain is not None and "anthropic-version" in headers:
-        route = replace(route, dialect=MESSAGES)
+        first = next(iter(methods.values()))
+        shared = first.plain is not None or first.dialect == GEMINI
+        return replace(first, dialect=dialect_of_stranger(path, headers)) if shared else first, "", ClientError(
+            f"{path} does not answer {method}; use {allowed}", status=405, headers={"Allow": allowed})
+    if route.plain is not None:
+        route = replace(route, dialect=dialect_of_stranger(path, headers))
     return route, unquote(name), None
 
 
@@ -7011,6 +12893,7 @@ class _Call:
         self.keep = False
         self.unread = True  # the body has not been taken off the socket
         self.lingers = False  # it was refused unread
+        self.name = ""  # what the route's `*` stands for
         self.crowded = False
         self.started = time.monotonic()
         self.base_headers: List[Tuple[str, str]] = [("x-trace-id", exchange.trace_id), ("Connection", "close")]
@@ -7066,6 +12949,7 @@ class _Call:
             self._send(self.route.plain(self.app, inbound, name))
         else:
             self.app.served += 1
+            self.name = name
             self._run(inbound)
 
     def _log_request(self, body: bytes) -> None:
@@ -7092,12 +12976,28 @@ class _Call:
 
     def _run(self, inbound: Inbound) -> None:
         """Hands a live route to the part that serves it."""
-        if self.route.endpoint == "embeddings":
+        if self.route.endpoint == "gemini":
+            self._run_gemini(inbound)
+        elif self.route.endpoint == "embeddings":
             self.app.embeddings.embed(inbound, self.line, self.exchange)
         elif self.route.endpoint == "count_tokens":
             self.app.counter.count(inbound, self.line, self.exchange)
         else:
             self.app.gateway.generate(self.route.dialect, inbound, self.line, self.exchange)
+
+    def _run_gemini(self, inbound: Inbound) -> None:
+        """`{model}:{verb}`; a missing verb means generateContent."""
+        model, _, verb = self.name.rpartition(":")
+        model, verb = (model, verb) if model else (verb, "generateContent")
+        app, line, exchange = self.app, self.line, self.exchange
+        if verb in ("generateContent", "streamGenerateContent"):
+            app.gateway.generate(GEMINI, inbound, line, exchange, {"model": model, "stream": verb == "streamGenerateContent"})
+        elif verb == "countTokens":
+            app.counter.count_gemini(model, inbound, line, exchange)
+        elif verb in ("embedContent", "batchEmbedContents"):
+            app.embeddings.embed_gemini(model, verb, inbound, line, exchange)
+        else:
+            raise ClientError("Unsupported Gemini endpoint.", status=404)
 
     # ---- admission ----------------------------------------------------------
 
@@ -7188,7 +13088,7 @@ class _Call:
         if self.line.settle() or self.line.ended:
             self.keep = False
             if not self.line.ended and codec is not None:
-                self._end_stream(codec.meter(self.exchange.trace_id).close(self.exchange.failure))
+                self._end_stream(stream_ending(self.route.dialect, self.exchange.failure, self.exchange.trace_id))
             return
         body = codec.encode_error(error) if codec is not None else openai_error(error)
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
@@ -7484,17 +13384,19 @@ class Setup:
         self.log.verbose = settings["verbose"]
 
 
-def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0, terminal: bool = False) -> App:
-    """The parts of a gateway, made and handed to each other; nothing is started. `unit_s`: one second, tests shrink it."""
+def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0, terminal: bool = False, demo: bool = False) -> App:
+    """The parts of a gateway, made and handed to each other; nothing is started. `unit_s`: one second, tests shrink it.
+    `demo`: the built-in model in place of Copilot."""
     settings = setup.settings
     upstream = Upstream(settings, setup.env, setup.log)
-    accounts = Accounts(upstream, setup.paths, settings, setup.log, setup.env, flag_token, terminal, unit_s=unit_s)
+    accounts = (DemoAccounts if demo else Accounts)(upstream, setup.paths, settings, setup.log, setup.env, flag_token, terminal,
+                                                    unit_s=unit_s)
     identity = Identity(setup.paths, setup.lock, setup.log)
-    provider = Copilot(upstream, accounts, identity, settings)
-    models = Models(provider, setup.paths, setup.log)
+    provider: Provider = Demo(accounts) if demo else Copilot(upstream, accounts, identity, settings)
+    models = Models(provider, setup.paths.demo_models if demo else setup.paths.models, setup.log)
     accounts.on_active.append(lambda: models.refresh_soon(now=True))
     watch = Watch(settings, setup.log)
-    planner = Planner(settings, models, accounts)
+    planner = Planner(settings, models, provider)
     sender = Sender(settings, provider, setup.log, unit_s)
     return App(
         settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
@@ -7552,7 +13454,7 @@ def run_start(setup: Setup, options: Any) -> int:
         holder = port_holder(settings["port"])
         print(f"cannot listen on {host}:{settings['port']}: {reason_of(exc)}" + (f"; it is held by {holder}" if holder else ""), file=sys.stderr)
         return EXIT_FAILED
-    server.app = app = compose(setup, options.github_token or None, terminal=sys.stderr.isatty())
+    server.app = app = compose(setup, options.github_token or None, terminal=sys.stderr.isatty(), demo=options.demo)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
     start_parts(app)
@@ -7797,6 +13699,7 @@ START_OPTIONS: Tuple[Tuple[Tuple[str, ...], Json], ...] = (
     (("--host",), {"dest": "host", "help": "address to listen on (127.0.0.1)"}),
     (("-v", "--verbose"), {"dest": "verbose", "action": "store_true", "default": None, "help": "debug lines, handler logs"}),
     (("-a", "--account-type"), {"dest": "accountType", "choices": ("individual", "business", "enterprise"), "help": "kind of Copilot plan"}),
+    (("--demo",), {"dest": "demo", "action": "store_true", "help": "a built-in model, no account and no network"}),
     (("--manual",), {"dest": "manualApprove", "action": "store_true", "default": None, "help": "ask before every request"}),
     (("-r", "--rate-limit"), {"dest": "rateLimitSeconds", "metavar": "SECONDS", "help": "least time between two requests"}),
     (("-w", "--wait"), {"dest": "rateLimitWait", "action": "store_true", "default": None, "help": "wait instead of refusing"}),

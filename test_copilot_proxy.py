@@ -2210,7 +2210,7 @@ class RunningGateway:
 
     def __init__(self, upstream: Optional[ScriptedUpstream], config: Optional[Json] = None, env: Optional[Dict[str, str]] = None,
                  flags: Optional[Json] = None, token: Optional[str] = "ghu_test", home: Optional[str] = None,
-                 unit_s: float = 0.001, wait: bool = True) -> None:
+                 unit_s: float = 0.001, wait: bool = True, demo: bool = False) -> None:
         self.upstream = upstream
         self.own_home = home is None
         self.home = home or tempfile.mkdtemp(prefix="copilot-proxy-test-")
@@ -2230,7 +2230,7 @@ class RunningGateway:
         self.server = cp.Server(self.settings["host"], 0)
         self.port = self.settings.values["port"] = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.app = self.server.app = cp.compose(self.setup, token, unit_s)
+        self.app = self.server.app = cp.compose(self.setup, token, unit_s, demo=demo)
         cp.start_parts(self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True)
         self.thread.start()
@@ -3103,7 +3103,7 @@ class FakeCoverage(unittest.TestCase):
 # per dialect.
 
 NOW = 1788000000.0  # Unix seconds; `DATE` of the error rows is 220,800 s later
-DIALECT_CODECS = tuple(cp.CODECS.values())
+DIALECT_CODECS = tuple(cp.CODECS[dialect] for dialect in (cp.CHAT, cp.RESPONSES, cp.MESSAGES))
 
 # copilot-upstream 9.2: name of the row of ERROR_ROWS -> what it means.
 VERDICTS = {
@@ -4115,7 +4115,7 @@ CHAT_CONVERSATIONS = [
      [["user", "go"], ["assistant", ("call", "function", "c1", None, "f", "{\"a\": 1}")], ["user", ("result", "function", "c1", ["r"])], ["tools", ("function", None, "f")]]),
     ("a custom call", cp.CHAT, said({"role": "assistant", "content": "", "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "x", "input": "raw"}}]},
                                     tools=[{"type": "custom", "custom": {"name": "x"}}]),
-     [["assistant", "", ("call", "custom", "c", None, "x", "raw")], ["tools", ("custom", None, "x")]]),
+     [["assistant", ("call", "custom", "c", None, "x", "raw")], ["tools", ("custom", None, "x")]]),
     ("arguments that are no JSON", cp.CHAT, said({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{"}}]}),
      [["assistant", ("call", "function", "c", None, "f", "{")]]),
     ("the old function role", cp.CHAT, said({"role": "function", "name": "f", "content": "r"}), [["user", ("result", "function", "f", ["r"])]]),
@@ -4126,7 +4126,7 @@ CHAT_CONVERSATIONS = [
     ("an image in a tool result", cp.CHAT, said({"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": PIXEL}}]}),
      [["user", ("result", "function", "c", ["see", ("image", "image/png", "iVBORw0KGgo=")])]]),
     ("reasoning beside the words", cp.CHAT, said({"role": "assistant", "content": "a", "reasoning_text": "t", "reasoning_opaque": "o"}, {"role": "assistant", "content": "b", "reasoning_content": "u"}),
-     [["assistant", ("thinking", "t", "o"), "a"], ["assistant", ("thinking", "u", None), "b"]]),
+     [["assistant", ("thinking", "t", "o"), "a", ("thinking", "u", None), "b"]]),
     ("a refusal", cp.CHAT, said({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}), [["assistant", ("refusal", "no")]]),
 ]
 
@@ -4269,8 +4269,8 @@ RESPONSES_CONVERSATIONS = [
            {"type": "tool_search_call", "call_id": "t", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "t", "tools": [NAMESPACE]},
            {"type": "local_shell_call", "call_id": "s", "action": {"a": 1}}, {"type": "local_shell_call_output", "call_id": "s", "output": "ok"}),
      [["assistant", ("call", "custom", "c", None, "exec", "x()")], ["user", ("result", "custom", "c", ["r"])],
-      ["assistant", ("call", "search", "t", None, "tool_search_call", '{"query":"q"}')], ["user", ("result", "search", "t", [])],
-      ["assistant", ("call", "server", "s", None, "local_shell_call", '{"a":1}')], ["user", ("result", "server", "s", ["ok"])],
+      ["assistant", ("call", "search", "t", None, "tool_search", '{"query":"q"}')], ["user", ("result", "search", "t", [("reference", "exec"), ("reference", "wait")])],
+      ["assistant", ("call", "server", "s", None, "local_shell", '{"a":1}')], ["user", ("result", "server", "s", ["ok"])],
       ["tools", ("custom", "functions", "exec"), ("function", "functions", "wait")]]),
     ("an image in a tool result", cp.RESPONSES, asked({"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": PIXEL, "detail": "original"}]}),
      [["user", ("result", "function", "c", ["see", ("image", "image/png", "iVBORw0KGgo=")])]]),
@@ -4281,11 +4281,11 @@ RESPONSES_CONVERSATIONS = [
     ("reasoning and a compaction", cp.RESPONSES,
      asked({"type": "compaction", "id": "cmp_1", "encrypted_content": "sealed"}, {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b"}],
             "content": None, "encrypted_content": "enc"}),
-     [["user", ("compaction", "sealed")], ["assistant", ("thinking", "a\n\nb", "enc")]]),
+     [["assistant", ("compaction", "sealed"), ("thinking", "a\n\nb", "enc")]]),
     ("a compaction trigger last", cp.RESPONSES, asked({"role": "user", "content": "hi"}, {"type": "compaction_trigger"}), [["user", "hi"], ["developer", ("opaque", "compaction_trigger")]]),
     ("additional tools, no others", cp.RESPONSES, asked({"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}, {"role": "user", "content": "hi"}),
-     [["developer", ("opaque", "additional_tools")], ["user", "hi"], ["tools", ("custom", "functions", "exec"), ("function", "functions", "wait")]]),
-    ("tools of every kind", cp.RESPONSES, asked({"role": "user", "content": "hi"}, tools=[{"type": "function", "name": "f"}, {"type": "custom", "name": "apply_patch"}, {"type": "tool_search"},
+     [["user", "hi"], ["tools", ("custom", "functions", "exec"), ("function", "functions", "wait")]]),
+    ("tools of every kind", cp.RESPONSES, asked({"role": "user", "content": "hi"}, tools=[{"type": "function", "name": "f"}, {"type": "custom", "name": "apply_patch"}, {"type": "tool_search", "execution": "client"},
                                                                                          {"type": "web_search"}, NAMESPACE]),
      [["user", "hi"], ["tools", ("function", None, "f"), ("custom", None, "apply_patch"), ("search", None, "tool_search"), ("server", None, "web_search"),
                        ("custom", "functions", "exec"), ("function", "functions", "wait")]]),
@@ -7988,7 +7988,7 @@ class CachedModels(HomeCase):
         paths = cp.Paths(self.env)
         paths.make()
         self.provider = FakeProvider(*outcomes)
-        return cp.Models(self.provider, paths, cp.Log(self.printed), lambda: self.now[0])
+        return cp.Models(self.provider, paths.models, cp.Log(self.printed), lambda: self.now[0])
 
     @staticmethod
     def names(catalogue: Any) -> List[str]:
@@ -8112,6 +8112,768 @@ class ModelListFailures(GatewayCase):
         gateway = self.start(home=first.home, wait=False)
         answer = self.ask("GET", "/v1/models", gateway=gateway)
         self.assertEqual((200, True), (answer.status, "gpt-4o" in [entry["id"] for entry in answer.json["data"]]))
+
+
+# ---- the demo model ----------------------------------------------------------
+# DEMO_EXPECTED was written by the drivers' scripted model (../shared/tools/clients/script_model.py); DemoEquivalence, of the
+# conformance part, runs both side by side.
+
+DEMO_PNG = "iVBORw0KGgo="
+DEMO_DIALECTS = (cp.CHAT, cp.RESPONSES, cp.MESSAGES)
+DEMO_CODECS = {cp.CHAT: cp.ChatCodec(), cp.RESPONSES: cp.ResponsesCodec(), cp.MESSAGES: cp.MessagesCodec()}
+DEMO_S = {"type": "string"}
+
+
+def demo_obj(*required, **properties):
+    return {"type": "object", "properties": {**{name: DEMO_S for name in required}, **properties}, "required": list(required)}
+
+
+DEMO_WEATHER = {"type": "object", "properties": {"city": DEMO_S, "unit": {"type": "string", "enum": ["c", "f"]}}, "required": ["city", "unit"]}
+DEMO_CITY = {"type": "object", "properties": {"city": DEMO_S, "population": {"type": "integer"}}, "required": ["city", "population"]}
+DEMO_RICH = {"$defs": {"P": {"type": "object", "properties": {"name": {"type": "string", "minLength": 6}, "age": {"type": "integer", "minimum": 3}},
+                        "required": ["name", "age"]}},
+        "type": "object", "required": ["p", "tags", "kind", "maybe", "both", "link", "ok", "score", "none", "fixed", "free"],
+        "properties": {"p": {"$ref": "#/$defs/P"}, "tags": {"type": "array", "items": {"$ref": "#/$defs/P"}, "minItems": 2},
+                       "kind": {"enum": ["b", "a"]}, "maybe": {"anyOf": [{"type": "null"}, {"type": "boolean"}]},
+                       "both": {"allOf": [demo_obj("x"), demo_obj("y")]}, "link": {"type": "string", "format": "uri"}, "ok": {"type": "boolean"},
+                       "score": {"type": "number"}, "none": {"type": ["null"]}, "fixed": {"const": 7}, "free": {}}}
+# what clients offer (clients.md), shortened
+DEMO_TOOLSETS = {
+    "none": [],
+    "sdk": [cp.Tool("get_weather", "Weather", DEMO_WEATHER)],
+    "claude": [
+        cp.Tool("Task", "Agents: general-purpose, Explore", demo_obj("description", "prompt", "subagent_type")),
+        cp.Tool("Bash", "Runs a command", demo_obj("command", "description", timeout={"type": "number"})),
+        cp.Tool("Glob", "Finds", demo_obj("pattern", path=DEMO_S)), cp.Tool("Read", "Reads", demo_obj("file_path", limit={"type": "number"})),
+        cp.Tool("Write", "Writes", demo_obj("file_path", "content")), cp.Tool("ToolSearch", "Finds tools", demo_obj("query", max_results={"type": "number"})),
+        cp.Tool("TaskStop", "Stops", demo_obj("task_id")), cp.Tool("mcp__t__add-up", "Adds", demo_obj(a={"type": "number"}, b={"type": "number"})),
+        cp.Tool("StructuredOutput", "Answer", demo_obj("city"))],
+    "codex": [
+        cp.Tool("shell", "Runs", demo_obj(command={"type": "array", "items": DEMO_S}, workdir=DEMO_S)),
+        cp.Tool("apply_patch", "Patches", kind="custom", grammar={"type": "grammar", "syntax": "lark", "definition": "start: x"}),
+        cp.Tool("view_image", "Views", demo_obj("path")), cp.Tool("spawn_agent", "Spawns", demo_obj("message"), namespace="collaboration"),
+        cp.Tool("tool_search", "Finds", demo_obj("query"), kind="search"), cp.Tool("add_up", "Adds", demo_obj(), namespace="mcp__t__")],
+    "code": [cp.Tool("exec", "Run JavaScript code to orchestrate the tools", kind="custom"), cp.Tool("wait", "Waits", demo_obj("cell_id"))],
+    "free": [cp.Tool("run_code", "free form", kind="custom")],
+    "gemini": [
+        cp.Tool("run_shell_command", "Runs", demo_obj("command")), cp.Tool("read_file", "Reads", demo_obj("absolute_path")),
+        cp.Tool("write_file", "Writes", demo_obj("file_path", "content")), cp.Tool("list_directory", "Lists", demo_obj("dir_path")),
+        cp.Tool("invoke_agent", "Agents", demo_obj("agent_name", "prompt")), cp.Tool("complete_task", "Done", demo_obj("result")),
+        cp.Tool("google_web_search", "Searches", demo_obj("query"))],
+    "opencode": [
+        cp.Tool("bash", "Runs", demo_obj("command", "description")), cp.Tool("read", "Reads", demo_obj("filePath")),
+        cp.Tool("write", "Writes", demo_obj("content", "filePath")), cp.Tool("list", "Lists", demo_obj("path")),
+        cp.Tool("task", "Agents: general, explore", demo_obj("description", "prompt", "subagent_type"))],
+}
+
+# ---- conversations in three dialects ----------------------------------------
+# A conversation: ("system"|"user"|"assistant", text), ("image", text), ("pdf", text), ("turn", thinking, text, calls),
+# ("results", [(id, name, text, image?)]).
+
+
+def demo_chat_body(said, tools, options):
+    messages = []
+    for kind, *rest in said:
+        if kind in ("system", "user", "assistant"):
+            messages.append({"role": kind, "content": rest[0]})
+        elif kind in ("image", "pdf"):
+            part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + DEMO_PNG}} if kind == "image" else \
+                {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0=", "filename": "a.pdf"}}
+            messages.append({"role": "user", "content": [part, {"type": "text", "text": rest[0]}]})
+        elif kind == "turn":
+            thinking, text, calls = rest
+            message = {"role": "assistant", "content": text}
+            if thinking:
+                message["reasoning_text"] = thinking
+            if calls:
+                message["tool_calls"] = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+            messages.append(message)
+        else:
+            for call_id, _, text, image in rest[0]:
+                messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            if any(image for *_, image in rest[0]):
+                messages.append({"role": "user", "content": [{"type": "text", "text": "Tool result:"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + DEMO_PNG}}]})
+    body = {"model": "demo-chat", "messages": messages, "stream": bool(options.get("stream"))}
+    if tools:
+        body["tools"] = [{"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": tool.schema}} for tool in tools]
+    if options.get("choice"):
+        body["tool_choice"] = options["choice"] if options["choice"] in ("auto", "none", "required") else {"type": "function", "function": {"name": options["choice"]}}
+    if "schema" in options:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": options["schema"]}}
+    if options.get("json"):
+        body["response_format"] = {"type": "json_object"}
+    if options.get("effort"):
+        body["reasoning_effort"] = options["effort"]
+    if options.get("stop"):
+        body["stop"] = options["stop"]
+    if options.get("max_tokens"):
+        body["max_tokens"] = options["max_tokens"]
+    return body
+
+
+def demo_responses_body(said, tools, options):
+    items, instructions = [], None
+    for at, (kind, *rest) in enumerate(said):
+        if kind == "system" and at == 0:
+            instructions = rest[0]
+        elif kind in ("system", "user", "assistant"):
+            items.append({"type": "message", "role": kind, "content": [{"type": "output_text" if kind == "assistant" else "input_text", "text": rest[0]}]})
+        elif kind in ("image", "pdf"):
+            part = {"type": "input_image", "image_url": "data:image/png;base64," + DEMO_PNG} if kind == "image" else \
+                {"type": "input_file", "file_data": "data:application/pdf;base64,JVBERi0=", "filename": "a.pdf"}
+            items.append({"type": "message", "role": "user", "content": [part, {"type": "input_text", "text": rest[0]}]})
+        elif kind == "turn":
+            thinking, text, calls = rest
+            if thinking:
+                items.append({"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": thinking}], "encrypted_content": "x"})
+            if text:
+                items.append({"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]})
+            for call in calls:
+                wire = {"custom": "custom_tool_call", "search": "tool_search_call"}.get(call.kind, "function_call")
+                item = {"type": wire, "call_id": call.id, "name": call.name, "input" if call.kind == "custom" else "arguments": call.arguments}
+                if call.kind == "search":
+                    item.update(execution="client", arguments=json.loads(call.arguments))
+                if call.namespace:
+                    item["namespace"] = call.namespace
+                items.append(item)
+        else:
+            for call_id, name, text, image in rest[0]:
+                kind = next((tool.kind for tool in tools if tool.name == name), "function")
+                if kind == "search":
+                    items.append({"type": "tool_search_output", "call_id": call_id, "execution": "client", "tools": []})
+                    continue
+                output = [{"type": "input_text", "text": text}, {"type": "input_image", "image_url": "data:image/png;base64," + DEMO_PNG}] if image else text
+                items.append({"type": "custom_tool_call_output" if kind == "custom" else "function_call_output", "call_id": call_id, "output": output})
+    body = {"model": "demo-responses", "input": items, "stream": bool(options.get("stream")), "store": False}
+    if instructions is not None:
+        body["instructions"] = instructions
+    wire = []
+    for tool in tools:
+        inner = {"type": {"search": "tool_search"}.get(tool.kind, tool.kind), "name": tool.name, "description": tool.description}
+        if tool.kind == "custom":
+            inner["format"] = tool.grammar or {"type": "text"}
+        else:
+            inner["parameters"] = tool.schema
+        if tool.kind == "search":
+            inner = {"type": "tool_search", "execution": "client", "description": tool.description, "parameters": tool.schema}
+        wire.append({"type": "namespace", "name": tool.namespace, "description": "n", "tools": [inner]} if tool.namespace else inner)
+    if wire:
+        body["tools"] = wire
+    if options.get("choice"):
+        body["tool_choice"] = options["choice"] if options["choice"] in ("auto", "none", "required") else {"type": "function", "name": options["choice"]}
+    if "schema" in options:
+        body["text"] = {"format": {"type": "json_schema", "name": "x", "schema": options["schema"]}}
+    if options.get("json"):
+        body["text"] = {"format": {"type": "json_object"}}
+    if options.get("effort"):
+        body["reasoning"] = {"effort": options["effort"], "summary": "auto"}
+    if options.get("max_tokens"):
+        body["max_output_tokens"] = options["max_tokens"]
+    if options.get("trigger"):
+        items.append({"type": "compaction_trigger"})
+    return body
+
+
+def demo_messages_body(said, tools, options):
+    messages, system = [], None
+
+    def add(role, blocks):
+        messages.append({"role": role, "content": blocks})
+    for at, (kind, *rest) in enumerate(said):
+        if kind == "system" and at == 0:
+            system = [{"type": "text", "text": rest[0], "cache_control": {"type": "ephemeral"}}]
+        elif kind in ("system", "user", "assistant"):
+            add(kind, [{"type": "text", "text": rest[0]}])
+        elif kind in ("image", "pdf"):
+            source = {"type": "base64", "media_type": "image/png" if kind == "image" else "application/pdf", "data": DEMO_PNG}
+            add("user", [{"type": "image" if kind == "image" else "document", "source": source}, {"type": "text", "text": rest[0]}])
+        elif kind == "turn":
+            thinking, text, calls = rest
+            blocks = [{"type": "thinking", "thinking": thinking, "signature": "s"}] if thinking else []
+            blocks += [{"type": "text", "text": text}] if text else []
+            blocks += [{"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)} for call in calls]
+            add("assistant", blocks)
+        else:
+            image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": DEMO_PNG}}
+            add("user", [{"type": "tool_result", "tool_use_id": call_id, "content": [{"type": "text", "text": text}] + ([image] if has else [])}
+                         for call_id, _, text, has in rest[0]] + [{"type": "text", "text": "<system-reminder>carry on</system-reminder>"}])
+    body = {"model": "demo-messages", "max_tokens": options.get("max_tokens") or 100, "messages": messages, "stream": bool(options.get("stream"))}
+    if system:
+        body["system"] = system
+    if tools:
+        body["tools"] = [{"name": tool.name, "description": tool.description, "input_schema": tool.schema} for tool in tools]
+    if options.get("choice"):
+        body["tool_choice"] = {"auto": {"type": "auto"}, "none": {"type": "none"}, "required": {"type": "any"}}.get(options["choice"], {"type": "tool", "name": options["choice"]})
+    if "schema" in options:
+        body["output_config"] = {"format": {"type": "json_schema", "schema": options["schema"]}}
+    if options.get("effort"):
+        body["output_config"] = {"effort": options["effort"]}
+    if options.get("stop"):
+        body["stop_sequences"] = options["stop"]
+    return body
+
+
+DEMO_BODIES = {cp.CHAT: demo_chat_body, cp.RESPONSES: demo_responses_body, cp.MESSAGES: demo_messages_body}
+DEMO_TAKES_ALL = {"json": (cp.CHAT, cp.RESPONSES), "stop": (cp.CHAT, cp.MESSAGES), "trigger": (cp.RESPONSES,), "native": (cp.RESPONSES,)}  # options some dialects lack
+
+
+def demo_decoded(dialect, body):
+    """The Request of a body, with what a chat codec without these fields leaves out."""
+    request = DEMO_CODECS[dialect].decode_request(body)
+    if dialect != cp.CHAT:
+        return request
+    choice, wanted = body.get("tool_choice"), body.get("response_format")
+    if choice is not None and not isinstance(request.tool_choice, cp.ToolChoice):
+        request = replace(request, tool_choice=cp.ToolChoice(choice) if isinstance(choice, str) else cp.ToolChoice("tool", choice["function"]["name"]))
+    if wanted and request.output is None:
+        request = replace(request, output=cp.OutputFormat(wanted.get("json_schema", {}).get("schema")))
+    if body.get("reasoning_effort") and request.reasoning is None:
+        request = replace(request, reasoning=cp.Reasoning(effort=body["reasoning_effort"]))
+    return request
+
+
+# ---- the rows ---------------------------------------------------------------
+# (conversation, tools, options); texts are the drivers' prompts. A string is one user message.
+
+DEMO_ROWS = (
+    ("Answer plainly. [[say:PLAIN-tok]]", "claude", {}),
+    ("Please. [[tool:bash echo tok > proof.txt; echo out-tok]] [[say:DONE RES=%results% %last_result%]]", "claude", {}),
+    ("[[pre:first]] [[tool:write w.txt :: hello tok]] [[long:400]]", "claude", {"stream": True}),
+    ("[[parallel: tool:bash echo a > a ;; tool:bash echo b > b ;; tool:read /etc/hostname]] [[say:PAR RES=%results%]]", "claude", {}),
+    ("[[think:I wonder about tok]] [[tool:bash echo tok > t.txt]] [[say:THOUGHTS=%thoughts%]]", "claude", {"effort": "low"}),
+    ("[[tool:task Look closer. [[tool:bash echo tok > sub.txt]] [[say:SUB-tok]] ]] [[say:MAIN-tok]]", "claude", {}),
+    ("Look closer. [[tool:bash echo tok > sub.txt]] [[say:SUB-tok]]", "claude", {}),
+    ("[[tool:read i.png]] [[say:IMAGES=%images% DOCS=%documents%]]", "claude", {"image_results": True}),
+    ('[[call:ToolSearch {"query":"select:TaskStop","max_results":3}]] [[call:TaskStop {"task_id":"none"}]] [[say:SEARCHED RES=%results%]]', "claude", {}),
+    ('Give it. [[call:StructuredOutput {"city":"Oslo"}]] [[say:ok]]', "claude", {}),
+    ('[[call:mcp__t__add-up {"a":40,"b":2}]] [[say:MCP IMG=%images% RES=%results%]]', "claude", {"image_results": True}),
+    ("[[call:add-up {}]]", "claude", {}),
+    ("three [[id:tok]] [[error:400 x=1 prompt is too long: 210000 tokens > 200000 maximum]] [[say:THREE-tok]]", "claude", {"tries": 2}),
+    ("[[error:429 x=1 retry-after=1 slow down]] [[say:RETRIED-tok]]", "claude", {"tries": 2}),
+    ("[[error:529 x=2 Overloaded]] [[say:RETRIED-tok]]", "none", {"tries": 3}),
+    ("[[id:tok]] [[cut:6]] [[long:300]]", "claude", {"tries": 2, "stream": True}),
+    ("[[error:400 this request is bad in some way]]", "claude", {"tries": 2}),
+    ("[[error:503 type=overloaded_error code=slow at=1 x=1 retry-after=2]] [[tool:bash ls]] [[say:late]]", "opencode", {"tries": 2}),
+    ("[[error:429 x=1 retry-after=1 Rate limit reached. Please try again in 1s.]] [[say:RETRIED-tok]]", "codex", {"tries": 2}),
+    ("[[error:400 code=context_length_exceeded Your input exceeds the context window of this model.]]", "codex", {}),
+    ("[[error:500 x=1 boom]] [[say:RETRIED-tok]]", "codex", {"tries": 2}),
+    ("[[midstream:overloaded_error Overloaded]] [[say:good]]", "none", {"tries": 2, "stream": True}),
+    ("[[midstream:server_error x=2 at=1]] [[tool:bash ls]] [[say:good]]", "opencode", {"tries": 3, "stream": True}),
+    ("Do it. [[tool:bash echo tok > proof.txt]] [[say:RES=%results% %last_result%]]", "codex", {}),
+    ("[[tool:patch patched.txt :: hello tok\nline two]] [[say:PATCHED RES=%results%]]", "codex", {}),
+    ("[[tool:bash echo tok > code.txt; echo \"out\"]] [[say:RES=%results% %last_result%]]", "code", {}),
+    ("[[tool:read a b.txt]] [[tool:write x :: y]]", "code", {}),
+    ('[[call:spawn_agent {"message":"[[tool:bash echo tok > sub.txt]] [[say:SUB]]"}]] [[tool:bash for i in 1 2; do [ -f sub.txt ] && break; done]] [[say:SPAWNED RES=%results%]]', "codex", {}),
+    ('look [[call:view_image {"path":"i.png"}]] [[say:IMAGES=%images%]]', "codex", {"image_results": True}),
+    ('[[call:tool_search {"query":"add numbers"}]] [[call:add_up {"a":40,"b":2}]] [[say:MCP RES=%results% IMG=%images%]]', "codex", {}),
+    ("[[usage:50000,10]] [[tool:bash echo tok > c.txt]] [[say:COMPACTED-tok]]", "codex", {}),
+    ("[[usage:100,20,60]] [[delay:50]] [[gap:7]] [[say:slow]]", "none", {}),
+    ('city? [[json:{"city":"Oslo"}]]', "none", {"schema": DEMO_CITY}),
+    ("city?", "none", {"schema": DEMO_CITY}), ("rich [[say:no json]]", "sdk", {"schema": DEMO_RICH}), ("rich", "sdk", {"schema": DEMO_RICH, "choice": "required"}),
+    ("[[say:plain]]", "none", {"json": True}),
+    ('[[call:get_weather {"city":"Paris","unit":"c"}]][[say:RES=%results% %last_result%]]', "sdk", {"choice": "auto"}),
+    ('[[pre:Let me look.]][[parallel: call:get_weather {"city":"Paris","unit":"c"} ;; call:get_weather {"city":"Rome","unit":"f"}]][[say:RES=%results%]]', "sdk", {}),
+    ("weather please", "sdk", {"choice": "get_weather"}), ("weather please", "sdk", {"choice": "required"}), ("weather please", "sdk", {"choice": "nobody"}),
+    ('[[call:get_weather {"city":"Paris"}]] [[say:none]]', "sdk", {"choice": "none"}),
+    ("[[call:run_code print(1)]][[say:RES=%results% %last_result%]]", "free", {}),
+    ("[[tool:first]] [[say:made up]]", "claude", {}), ("[[tool:first]] [[say:made up]]", "code", {"native": True}),
+    ("[[stop:length]][[say:cut]]", "none", {"max_tokens": 1}), ("[[stop:refusal]][[say:I will not]]", "none", {}),
+    ("[[stop:pause]][[say:wait]]", "none", {}), ("[[stop:filter]][[say:]]", "none", {}),
+    ("[[think:let me see]][[say:done]]", "none", {}),
+    ("[[think:one]][[tool:bash a]][[think:two]][[tool:bash b]][[pre:never said]][[think:three]][[say:end]]", "opencode", {}),
+    ("[[think:hm]] [[tool:bash echo tok > a.txt; echo out-tok]] [[tool:read a.txt]] [[say:RES=%results% tok]]", "opencode", {}),
+    ("[[tool:task go [[tool:bash echo tok > sub.txt]] ]] [[say:TASK-tok]]", "opencode", {}),
+    ("[[tool:write w.txt :: hello tok]] [[tool:read w.txt]] [[tool:list .]] [[say:WROTE RES=%results%]]", "gemini", {}),
+    ('[[call:invoke_agent {"agent_name":"generalist","prompt":"[[tool:bash echo tok > sub.txt]] [[call:complete_task {\\"result\\":\\"ok\\"}]]"}]] [[say:AGENT-tok]]', "gemini", {}),
+    ('[[call:google_web_search {"query":"rfc 9110"}]] [[say:SEARCHED RES=%results%]]', "gemini", {}),
+    ("[[tool:bash ls]]", "gemini", {}), ("[[tool:bash ls]]", "none", {}), ("[[tool:nobody x]] [[say:skipped]]", "claude", {}),
+    ("[[pre:only]]", "none", {}), ("[[id:x]] last line\nis [[this]] one", "none", {}),
+    ("[[tool:bash [[ -f x ]]]] [[say:run of brackets]]", "opencode", {}), ('[[call:get_weather {"city":[["a]]"]]}]] [[say:json]]', "sdk", {}),
+    ("[[say:never closed", "none", {}), ("[[say:a]] [[say:b %nope% 100%]]", "none", {}), ("[[json:[1, 2]]] [[stop:nonsense]]", "none", {}),
+    ("[[say:T=%tools% M=%max_tokens% C=%tool_choice% E=%effort% R=%last_result%]]", "sdk", {"max_tokens": 77, "choice": "auto", "effort": "high"}),
+    ([("image", "[[say:IMG=%images% DOC=%documents%]]")], "none", {}), ([("pdf", "[[say:IMG=%images% DOC=%documents%]]")], "none", {}),
+    ([("system", "be brief"), ("user", "[[say:hello]]")], "none", {}),
+    ([("user", "one [[say:ONE]]"), ("assistant", "ONE"), ("user", "two [[say:TWO %items%]]")], "claude", {}),
+    ([("user", "[[error:400 bad]]"), ("user", "again [[say:fine]]")], "none", {}),
+    ([("user", "[[tool:bash a]] [[say:x]]"), ("assistant", "x"), ("user", "<system-reminder>y</system-reminder>")], "opencode", {}),
+    ([("user", "[[tool:bash a]] [[say:x]]"), ("user", "Summary: SUMMARY-OF-3-ITEMS and so on")], "codex", {}),
+    ([("system", "s"), ("user", "[[tool:bash a]] [[say:x]]"), ("user", "Your task is to create a detailed summary of the conversation so far. <summary> tags")], "claude", {}),
+    ([("user", "[[tool:bash a]]"), ("user", "You are performing a CONTEXT CHECKPOINT COMPACTION. Create a handoff summary")], "codex", {}),
+    ([("system", "You compress histories into a <state_snapshot>"), ("user", "[[tool:bash a]]"), ("user", "Generate it now")], "none", {}),
+    ([("system", "You are a helpful assistant tasked to summarize the conversation"), ("user", "[[say:x]]")], "none", {}),
+    ([("user", "[[tool:bash a]]")], "codex", {"trigger": True}),
+    ([("system", "You are a security monitor for agents"), ("user", "<block> or not? [[say:x]]")], "none", {}),
+    ([("user", "may it run? [[say:x]]")], "none", {"stop": ["</block>"]}),
+)
+
+DEMO_EXPECTED = (
+    (('turn', None, 'PLAIN-tok', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('Bash', None, 'function', {'command': 'echo tok > proof.txt; echo out-tok', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'DONE RES=1 out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'first', (('Write', None, 'function', {'file_path': 'w.txt', 'content': 'hello tok'}),), 'tool', None, (0, 0, None)), ('turn', None, 'w0 w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30 w31 w32 w33 w34 w35 w36 w37 w38 w39 w40 w41 w42 w43 w44 w45 w46 w47 w48 w49 w50 w51 w52 w53 w54 w55 w56 w57 w58 w59 w60 w61 w62 w63 w64 w65 w66 w67 w68 w69 w70 w71 w72 w73 w74 w75 w76 w77 w78 w79 w80 w81 w82 w83 w84 w85 w86 w87 w88 w89 w90 w91 w92 w93 w94 w95 w96 w97 w98 w99 w100 w101 w102 w103 w104 w105 w106 w107 w108 w109 w110 w111 w112 w113 w114 w115 w116 w117 w118 w119 w120 w121 w122 w123 w124 w125 w126 w127 w128 w129 w130 w131 w132 w133 w134 w135 w136 w137 w138 w139 w140 w141 w142 w143 w144 w145 w146 w147 w148 w149 w150 w151 w152 w153 w154 w155 w156 w157 w158 w159 w160 w161 w162 w163 w164 w165 w166 w167 w168 w169 w170 w171 w172 w173 w174 w175 w176 w177 w178 w179 w180 w181 w182 w183 w184 w185 w186 w187 w188 w189 w190 w191 w192 w193 w194 w195 w196 w197 w198 w199', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('Bash', None, 'function', {'command': 'echo a > a', 'description': 'description'}), ('Bash', None, 'function', {'command': 'echo b > b', 'description': 'description'}), ('Read', None, 'function', {'file_path': '/etc/hostname'})), 'tool', None, (0, 0, None)), ('turn', None, 'PAR RES=3', (), 'end', None, (0, 0, None))),
+    (('turn', 'I wonder about tok', None, (('Bash', None, 'function', {'command': 'echo tok > t.txt', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'THOUGHTS=1', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('Task', None, 'function', {'description': 'description', 'prompt': 'Look closer. [[tool:bash echo tok > sub.txt]] [[say:SUB-tok]]', 'subagent_type': 'general-purpose'}),), 'tool', None, (0, 0, None)), ('turn', None, 'MAIN-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('Bash', None, 'function', {'command': 'echo tok > sub.txt', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'SUB-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('Read', None, 'function', {'file_path': 'i.png'}),), 'tool', None, (0, 0, None)), ('turn', None, 'IMAGES=1 DOCS=0', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('ToolSearch', None, 'function', {'query': 'select:TaskStop', 'max_results': 3}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('TaskStop', None, 'function', {'task_id': 'none'}),), 'tool', None, (0, 0, None)), ('turn', None, 'SEARCHED RES=2', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('StructuredOutput', None, 'function', {'city': 'Oslo'}),), 'tool', None, (0, 0, None)), ('turn', None, 'ok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('mcp__t__add-up', None, 'function', {'a': 40, 'b': 2}),), 'tool', None, (0, 0, None)), ('turn', None, 'MCP IMG=1 RES=1', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('mcp__t__add-up', None, 'function', {}),), 'tool', None, (0, 0, None)), ('turn', None, 'DONE out-0', (), 'end', None, (0, 0, None))),
+    (('error', 400, '', None, 'prompt is too long: 210000 tokens > 200000 maximum', None), ('turn', None, 'THREE-tok', (), 'end', None, (0, 0, None))),
+    (('error', 429, '', None, 'slow down', '1'), ('turn', None, 'RETRIED-tok', (), 'end', None, (0, 0, None))),
+    (('error', 529, '', None, 'Overloaded', None), ('error', 529, '', None, 'Overloaded', None), ('turn', None, 'RETRIED-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'w0 w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30 w31 w32 w33 w34 w35 w36 w37 w38 w39 w40 w41 w42 w43 w44 w45 w46 w47 w48 w49 w50 w51 w52 w53 w54 w55 w56 w57 w58 w59 w60 w61 w62 w63 w64 w65 w66 w67 w68 w69 w70 w71 w72 w73 w74 w75 w76 w77 w78 w79 w80 w81 w82 w83 w84 w85 w86 w87 w88 w89 w90 w91 w92 w93 w94 w95 w96 w97 w98 w99 w100 w101 w102 w103 w104 w105 w106 w107 w108 w109 w110 w111 w112 w113 w114 w115 w116 w117 w118 w119 w120 w121 w122 w123 w124 w125 w126 w127 w128 w129 w130 w131 w132 w133 w134 w135 w136 w137 w138 w139 w140 w141 w142 w143 w144 w145 w146 w147 w148 w149', (), 'end', None, (0, 0, 6)), ('turn', None, 'w0 w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30 w31 w32 w33 w34 w35 w36 w37 w38 w39 w40 w41 w42 w43 w44 w45 w46 w47 w48 w49 w50 w51 w52 w53 w54 w55 w56 w57 w58 w59 w60 w61 w62 w63 w64 w65 w66 w67 w68 w69 w70 w71 w72 w73 w74 w75 w76 w77 w78 w79 w80 w81 w82 w83 w84 w85 w86 w87 w88 w89 w90 w91 w92 w93 w94 w95 w96 w97 w98 w99 w100 w101 w102 w103 w104 w105 w106 w107 w108 w109 w110 w111 w112 w113 w114 w115 w116 w117 w118 w119 w120 w121 w122 w123 w124 w125 w126 w127 w128 w129 w130 w131 w132 w133 w134 w135 w136 w137 w138 w139 w140 w141 w142 w143 w144 w145 w146 w147 w148 w149', (), 'end', None, (0, 0, None))),
+    (('error', 400, '', None, 'this request is bad in some way', None), ('error', 400, '', None, 'this request is bad in some way', None)),
+    (('turn', None, None, (('bash', None, 'function', {'command': 'ls', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('error', 503, 'overloaded_error', 'slow', 'scripted error 503', '2'), ('turn', None, 'late', (), 'end', None, (0, 0, None))),
+    (('error', 429, '', None, 'Rate limit reached. Please try again in 1s.', '1'), ('turn', None, 'RETRIED-tok', (), 'end', None, (0, 0, None))),
+    (('error', 400, '', 'context_length_exceeded', 'Your input exceeds the context window of this model.', None),),
+    (('error', 500, '', None, 'boom', None), ('turn', None, 'RETRIED-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'good', (), ('overloaded_error', 'Overloaded'), None, (0, 0, None)), ('turn', None, 'good', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('bash', None, 'function', {'command': 'ls', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'good', (), ('server_error', 'scripted mid-stream error'), None, (0, 0, None)), ('turn', None, 'good', (), ('server_error', 'scripted mid-stream error'), None, (0, 0, None)), ('turn', None, 'good', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('shell', None, 'function', {'command': ['bash', '-lc', 'echo tok > proof.txt']}),), 'tool', None, (0, 0, None)), ('turn', None, 'RES=1 out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('apply_patch', None, 'custom', '*** Begin Patch\n*** Add File: patched.txt\n+hello tok\n+line two\n*** End Patch'),), 'tool', None, (0, 0, None)), ('turn', None, 'PATCHED RES=1', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('exec', None, 'custom', 'const r = await tools.exec_command({cmd: "echo tok > code.txt; echo \\"out\\""}); text(r);'),), 'tool', None, (0, 0, None)), ('turn', None, 'RES=1 out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'OK: tool:read a b.txt tool:write x :: y', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('spawn_agent', 'collaboration', 'function', {'message': '[[tool:bash echo tok > sub.txt]] [[say:SUB]]'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('shell', None, 'function', {'command': ['bash', '-lc', 'for i in 1 2; do [ -f sub.txt ] && break; done']}),), 'tool', None, (0, 0, None)), ('turn', None, 'SPAWNED RES=2', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('view_image', None, 'function', {'path': 'i.png'}),), 'tool', None, (0, 0, None)), ('turn', None, 'IMAGES=1', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('tool_search', None, 'search', {'query': 'add numbers'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('add_up', 'mcp__t__', 'function', {'a': 40, 'b': 2}),), 'tool', None, (0, 0, None)), ('turn', None, 'MCP RES=2 IMG=0', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('shell', None, 'function', {'command': ['bash', '-lc', 'echo tok > c.txt']}),), 'tool', (50000, 10, 0), (0, 0, None)), ('turn', None, 'COMPACTED-tok', (), 'end', (50000, 10, 0), (0, 0, None))),
+    (('turn', None, 'slow', (), 'end', (100, 20, 60), (50, 7, None)),),
+    (('turn', None, '{"city":"Oslo"}', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '{"city": "city", "population": 1}', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '{"p": {"name": "namexx", "age": 3}, "tags": [{"name": "namexx", "age": 3}, {"name": "namexx", "age": 3}], "kind": "b", "maybe": false, "both": {"x": "x", "y": "y"}, "link": "http://example.com/", "ok": false, "score": 1, "none": null, "fixed": 7, "free": "free"}', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '{"p": {"name": "namexx", "age": 3}, "tags": [{"name": "namexx", "age": 3}, {"name": "namexx", "age": 3}], "kind": "b", "maybe": false, "both": {"x": "x", "y": "y"}, "link": "http://example.com/", "ok": false, "score": 1, "none": null, "fixed": 7, "free": "free"}', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'plain', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('get_weather', None, 'function', {'city': 'Paris', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, 'RES=1 out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'Let me look.', (('get_weather', None, 'function', {'city': 'Paris', 'unit': 'c'}), ('get_weather', None, 'function', {'city': 'Rome', 'unit': 'f'})), 'tool', None, (0, 0, None)), ('turn', None, 'RES=2', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None))),
+    (('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('get_weather', None, 'function', {'city': 'city', 'unit': 'c'}),), 'tool', None, (0, 0, None))),
+    (('turn', None, 'the built-in demo model of copilot_proxy', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'none', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('run_code', None, 'custom', 'print(1)'),), 'tool', None, (0, 0, None)), ('turn', None, 'RES=1 out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('Task', None, 'function', {'description': 'description', 'prompt': 'prompt', 'subagent_type': 'subagent_type'}),), 'tool', None, (0, 0, None)), ('turn', None, 'made up', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('wait', None, 'function', {'cell_id': 'cell_id'}),), 'tool', None, (0, 0, None)), ('turn', None, 'made up', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'cut', (), 'length', None, (0, 0, None)),),
+    (('turn', None, 'I will not', (), 'filter', None, (0, 0, None)),),
+    (('turn', None, 'wait', (), 'pause', None, (0, 0, None)),),
+    (('turn', None, None, (), 'filter', None, (0, 0, None)),),
+    (('turn', 'let me see', 'done', (), 'end', None, (0, 0, None)),),
+    (('turn', 'one', None, (('bash', None, 'function', {'command': 'a', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', 'two', None, (('bash', None, 'function', {'command': 'b', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', 'three', 'end', (), 'end', None, (0, 0, None))),
+    (('turn', 'hm', None, (('bash', None, 'function', {'command': 'echo tok > a.txt; echo out-tok', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('read', None, 'function', {'filePath': 'a.txt'}),), 'tool', None, (0, 0, None)), ('turn', None, 'RES=2 tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('task', None, 'function', {'description': 'description', 'prompt': 'go [[tool:bash echo tok > sub.txt]]', 'subagent_type': 'general'}),), 'tool', None, (0, 0, None)), ('turn', None, 'TASK-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('write_file', None, 'function', {'file_path': 'w.txt', 'content': 'hello tok'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('read_file', None, 'function', {'absolute_path': 'w.txt'}),), 'tool', None, (0, 0, None)), ('turn', None, None, (('list_directory', None, 'function', {'dir_path': '.'}),), 'tool', None, (0, 0, None)), ('turn', None, 'WROTE RES=3', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('invoke_agent', None, 'function', {'agent_name': 'generalist', 'prompt': '[[tool:bash echo tok > sub.txt]] [[call:complete_task {"result":"ok"}]]'}),), 'tool', None, (0, 0, None)), ('turn', None, 'AGENT-tok', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('google_web_search', None, 'function', {'query': 'rfc 9110'}),), 'tool', None, (0, 0, None)), ('turn', None, 'SEARCHED RES=1', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('run_shell_command', None, 'function', {'command': 'ls'}),), 'tool', None, (0, 0, None)), ('turn', None, 'DONE out-0', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'OK: tool:bash ls', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'skipped', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'OK: pre:only', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'OK: is this one', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('bash', None, 'function', {'command': '[[ -f x ]]', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'run of brackets', (), 'end', None, (0, 0, None))),
+    (('turn', None, None, (('get_weather', None, 'function', {'city': [['a]]']]}),), 'tool', None, (0, 0, None)), ('turn', None, 'json', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'the built-in demo model of copilot_proxy', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'b %nope% 100%', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '[1, 2]', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'T=1 M=77 C=auto E=high R=', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'IMG=1 DOC=0', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'IMG=0 DOC=1', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'hello', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'TWO 3', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'fine', (), 'end', None, (0, 0, None)),),
+    (('turn', None, None, (('bash', None, 'function', {'command': 'a', 'description': 'description'}),), 'tool', None, (0, 0, None)), ('turn', None, 'x', (), 'end', None, (0, 0, None))),
+    (('turn', None, 'x', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '<analysis>short</analysis>\n<summary>SUMMARY-OF-2-ITEMS the user asked for scripted steps and they were done.</summary>', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'SUMMARY-OF-2-ITEMS the user asked for scripted steps and they were done.', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '<state_snapshot><overall_goal>SUMMARY-OF-2-ITEMS the user asked for scripted steps and they were done.</overall_goal></state_snapshot>', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'SUMMARY-OF-1-ITEMS the user asked for scripted steps and they were done.', (), 'end', None, (0, 0, None)),),
+    (('turn', None, 'sealed: SUMMARY-OF-1-ITEMS the user asked for scripted steps and they were done.', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '<block>no</block>', (), 'end', None, (0, 0, None)),),
+    (('turn', None, '<block>no', (), 'end', None, (0, 0, None)),),
+)
+
+# ---- comparing --------------------------------------------------------------
+
+DEMO_INTRODUCTION = "the built-in demo model of copilot_proxy"  # stands for our own words where no directive is in force
+
+
+def demo_call_outcome(call, names):
+    """(name, namespace, kind, arguments) of a call, flattening undone."""
+    call = cp.restored_call(call, names)
+    value = cp.load_object(call.arguments)
+    return (call.name, call.namespace, call.kind, call.arguments if value is None or call.kind == "custom" else value)
+
+
+def demo_outcome(turn, names, scripted_usage):
+    """What counts of a turn, as plain data."""
+    if turn.failure is not None:
+        return ("error", turn.failure.status, turn.error_type, turn.failure.code, turn.failure.message, turn.headers.get("retry-after"))
+    fault = turn.events[-1][-1].failure if isinstance(turn.events[-1][-1], cp.Fault) else None
+    events = [events for events in turn.events if not isinstance(events[0], cp.Fault)] + ([[cp.ReplyStop("")]] if fault else [])
+    reply = cp.collect(events)
+    thinking = next((block.text for block in reply.content if isinstance(block, cp.Thinking)), None)
+    text = next((block.text for block in reply.content if isinstance(block, cp.Text)), None)
+    if any(isinstance(block, cp.Compaction) for block in reply.content):
+        text = "sealed: " + base64.b64decode(reply.content[0].sealed).decode()
+    text = DEMO_INTRODUCTION if text and DEMO_INTRODUCTION in text else text
+    calls = tuple(demo_call_outcome(block, names) for block in reply.content if isinstance(block, cp.ToolCall))
+    usage = (reply.usage.input, reply.usage.output, reply.usage.cache_read) if scripted_usage and not fault else None
+    return ("turn", thinking, text, calls, reply.stop_reason if not fault else (fault.code, fault.message), usage, (turn.delay_ms, turn.gap_ms, turn.cut_after))
+
+
+class DemoConversation:
+    """One row in one dialect: turn after turn, with made-up tool results."""
+
+    LONGEST = 8
+
+    def __init__(self, row, dialect):
+        said, tools, self.options = row
+        self.said = [("user", said)] if isinstance(said, str) else list(said)
+        self.dialect, self.names = dialect, cp.Names()
+        self.tools = cp.flatten(cp.Request("m", [], DEMO_TOOLSETS[tools]), self.names, dialect).tools
+        self.usage = "[[usage:" in str(said)
+
+    def body(self):
+        return DEMO_BODIES[self.dialect](self.said, self.tools, self.options)
+
+    def play(self, decide):
+        """The outcome of every turn; `decide(body, attempt)` gives (outcome, reply blocks or None, key)."""
+        outcomes, seen = [], {}
+        for _ in range(self.LONGEST):
+            body = self.body()
+            result, reply, key = decide(body, 0)
+            attempt = seen.get(key, 0)
+            seen[key] = attempt + 1
+            if attempt:
+                result, reply, key = decide(body, attempt)
+            outcomes.append(result)
+            failed = result[0] == "error" or isinstance(result[4], tuple) or result[6][2] is not None
+            if failed and seen[key] < self.options.get("tries", 1):
+                continue
+            calls = [block for block in reply if isinstance(block, cp.ToolCall)] if reply else []
+            if failed or not calls:
+                break
+            texts = [next((getattr(block, "text") for block in reply if isinstance(block, kind)), None) for kind in (cp.Thinking, cp.Text)]
+            self.said.append(("turn", *texts, calls))
+            image = bool(self.options.get("image_results"))
+            self.said.append(("results", [(call.id, call.name, f"out-{at}\n", image) for at, call in enumerate(calls)]))
+        return tuple(outcomes)
+
+    def demo(self, model=cp.DemoModel()):
+        def decide(body, attempt):
+            turn = model.decide(demo_decoded(self.dialect, body), attempt)
+            failed = turn.failure is not None or isinstance(turn.events[-1][-1], cp.Fault)
+            return demo_outcome(turn, self.names, self.usage), None if failed else turn.reply.content, turn.key
+        return self.play(decide)
+
+
+def demo_applies(row, dialect):
+    return all(dialect in DEMO_TAKES_ALL.get(option, DEMO_DIALECTS) for option in row[2])
+
+
+# ---- tests ------------------------------------------------------------------
+
+
+class DemoDirectives(unittest.TestCase):
+    def test_directives_follow_each_other_and_nest(self):
+        for text, found in (
+                ("a [[tool:bash echo hi]] b [[say:x]]", [("tool", "bash echo hi"), ("say", "x")]),
+                ('[[call:f {"a":[[1]]}]]', [("call", 'f {"a":[[1]]}')]),
+                ('[[call:f {"a":"]]"} ]]x', [("call", 'f {"a":"]]"}')]),
+                ("[[tool:task go [[tool:bash ls]] now]]", [("tool", "task go [[tool:bash ls]] now")]),
+                ("[[tool:bash [[ -f x ]]]]", [("tool", "bash [[ -f x ]]")]),
+                ("[[say:open [[id:x]]", [("id", "x")]), ("[[nobody:x]] [[say]]", []), ("", [])):
+            with self.subTest(text=text):
+                self.assertEqual(cp.demo_directives(text), found)
+
+    def test_a_text_of_open_brackets_ends_soon(self):
+        self.assertEqual(cp.demo_directives("[[say:" * 5000), [])
+
+    def test_broken_numbers_are_passed_over(self):
+        for text in ("[[long:many]][[say:ok]]", "[[say:ok]][[delay:x]][[gap:]][[cut:-]][[usage:a,b]]", "[[error:x y]][[say:ok]]",
+                     "[[error:]][[say:ok]]", "[[midstream:]][[say:ok]]", "[[error:400 at=x x=y]][[say:ok]]"):
+            with self.subTest(text=text):
+                request = cp.Request("m", [cp.Message("user", [cp.Text(text)])])
+                turn = cp.DemoModel().decide(request, 0)
+                if turn.failure is None:
+                    self.assertEqual(turn.reply.content, [cp.Text("ok")])
+
+
+class DemoSchemas(unittest.TestCase):
+    def test_smallest_instance(self):
+        for schema, value in ((DEMO_RICH, {"p": {"name": "namexx", "age": 3}, "tags": [{"name": "namexx", "age": 3}] * 2, "kind": "b", "maybe": False,
+                                      "both": {"x": "x", "y": "y"}, "link": "http://example.com/", "ok": False, "score": 1, "none": None,
+                                      "fixed": 7, "free": "free"}),
+                              (DEMO_CITY, {"city": "city", "population": 1}), ({"type": "OBJECT", "required": ["a"], "properties": {"a": {"type": "ARRAY", "minItems": "1"}}}, {"a": ["a"]}),
+                              ({"type": "integer", "exclusiveMinimum": 4}, 5), ({"default": 3}, 3), ({"oneOf": [{"type": "null"}]}, None), (True, "x"), ({}, "x")):
+            with self.subTest(schema=schema):
+                self.assertEqual(cp.demo_instance(schema, schema), value)
+
+    def test_a_schema_of_itself_ends(self):
+        node = {"type": "object", "required": ["a", "b", "c"], "properties": {name: {"$ref": "#"} for name in "abc"}}
+        self.assertLess(len(json.dumps(cp.demo_instance(node, node))), 100_000)
+        self.assertEqual(cp.demo_instance({"$ref": "#"}, {"$ref": "#"}), "x")
+
+    def test_random_schemas_never_raise(self):
+        seed = random.Random(4)
+        names = ("type", "properties", "items", "required", "enum", "anyOf", "allOf", "oneOf", "$ref", "minItems", "minLength", "minimum", "default", "const", "format")
+        values = lambda depth: seed.choice((None, True, 3, -1.5, "x", "string", "array", "object", "integer", [], {}, ["a"], [None], "#/a", float("inf"),
+                                            *([schema(depth - 1), [schema(depth - 1)], {"a": schema(depth - 1)}] if depth else [])))
+        schema = lambda depth: {seed.choice(names): values(depth) for _ in range(seed.randrange(4))}
+        for _ in range(2000):
+            made = schema(3)
+            cp.demo_instance(made, made)
+
+
+class DemoConversations(unittest.TestCase):
+    def test_every_row_in_every_dialect(self):
+        self.assertEqual(len(DEMO_ROWS), len(DEMO_EXPECTED))
+        for row, expected in zip(DEMO_ROWS, DEMO_EXPECTED):
+            for dialect in DEMO_DIALECTS:
+                if demo_applies(row, dialect):
+                    with self.subTest(row=row[0], dialect=dialect):
+                        self.assertEqual(demo_masked(DemoConversation(row, dialect).demo()), demo_masked(expected))
+
+    def test_flattened_for_a_foreign_dialect_it_does_the_same(self):
+        for row, expected in zip(DEMO_ROWS, DEMO_EXPECTED):
+            if demo_applies(row, cp.RESPONSES) and "trigger" not in row[2] and row[:2] != ("[[tool:first]] [[say:made up]]", "code"):
+                with self.subTest(row=row[0]):
+                    self.assertEqual(demo_masked(DemoForeign(row, cp.RESPONSES).demo()), demo_masked(expected))
+
+
+class DemoForeign(DemoConversation):
+    """A Responses client's conversation that reaches the model as a Messages request."""
+
+    def demo(self, model=cp.DemoModel()):
+        codec = cp.MessagesCodec()
+
+        def decide(body, attempt):
+            names = cp.Names()
+            flat = cp.flatten(cp.ResponsesCodec().decode_request(body), names, cp.MESSAGES)
+            turn = model.decide(codec.decode_request(codec.encode_request(flat)), attempt)
+            failed = turn.failure is not None or isinstance(turn.events[-1][-1], cp.Fault)
+            reply = None if failed else cp.restore_reply(turn.reply, names).content
+            return demo_outcome(turn, names, self.usage), reply, turn.key
+        return self.play(decide)
+
+
+def demo_masked(outcomes):
+    """The outcomes without what depends on the dialect: the model's name, whether a limit must be stated, whether system
+    messages are items."""
+    text = re.sub(r"SUMMARY-OF-\d+", "SUMMARY-OF-N", repr(outcomes))
+    for word in ("demo-chat", "demo-responses", "demo-messages"):
+        text = text.replace(word, "MODEL")
+    return text.replace("M=None", "M=100")
+
+
+class DemoTurns(unittest.TestCase):
+    model = cp.DemoModel()
+
+    def decide(self, text, attempt=0, **fields):
+        return self.model.decide(cp.Request("demo-chat", [cp.Message("user", [cp.Text(text)])], **fields), attempt)
+
+    def test_without_a_directive_it_introduces_itself(self):
+        text = self.decide("who are\nyou?").reply.content[0].text
+        self.assertIn("you?", text)
+        self.assertIn("demo model of copilot_proxy", text)
+        self.assertNotIn("Shall I call", text)
+        text = self.decide("hi", tools=[cp.Tool("Bash", "", demo_obj("command"))]).reply.content[0].text
+        self.assertIn("Shall I call Bash? Say [[tool:bash echo hello]].", text)
+        self.assertIn("[[tool:first]]", self.decide("hi", tools=DEMO_TOOLSETS["sdk"]).reply.content[0].text)
+
+    def test_its_introduction_quoted_by_a_client_does_no_harm(self):
+        quoted = self.decide(self.decide("hi").reply.content[0].text)
+        self.assertIsNone(quoted.failure)
+        self.assertEqual(quoted.reply.stop_reason, "end")
+
+    def test_streams_are_lawful_and_in_words(self):
+        for row in DEMO_ROWS:
+            for dialect in DEMO_DIALECTS:
+                turn = self.model.decide(demo_decoded(dialect, DemoConversation(row, dialect).body()))
+                if turn.failure is None:
+                    self.assertEqual(list(cp.lawful(turn.events, "t")), turn.events)
+        deltas = [events for events in self.decide("[[long:200]]").events if isinstance(events[0], cp.BlockDelta)]
+        self.assertEqual(len(deltas), 100)
+
+    def test_the_same_request_gives_the_same_turn(self):
+        self.assertEqual(self.decide("[[think:a]][[say:b]]"), self.decide("[[think:a]][[say:b]]"))
+
+    def test_thinking_is_signed_by_its_text(self):
+        first, again, other = (self.decide(f"[[think:{text}]][[say:b]]").reply.content[0].signature for text in ("a", "a", "b"))
+        self.assertEqual(first, again)
+        self.assertNotEqual(first, other)
+
+    def test_ids_differ_between_calls_and_between_turns(self):
+        said = [cp.Message("user", [cp.Text("[[parallel: tool:first ;; tool:first]][[say:x]]")])]
+        ids = []
+        for _ in range(2):
+            turn = self.model.decide(cp.Request("m", said, DEMO_TOOLSETS["sdk"]))
+            calls = [block for block in turn.reply.content if isinstance(block, cp.ToolCall)]
+            ids += [call.id for call in calls] + [turn.reply.id]
+            said = said + [cp.Message("assistant", list(calls)), cp.Message("user", [cp.ToolResult(call.id, [cp.Text("ok")]) for call in calls]),
+                           cp.Message("assistant", [cp.Text("x")]), said[0]]
+        self.assertEqual(len(ids), 6)
+        self.assertEqual(len(set(ids)), 6)
+
+    def test_keys_are_the_same_for_a_retry_only(self):
+        self.assertEqual(self.decide("[[error:429 x=1]][[id:a]]").key, self.decide("[[error:429 x=1]][[id:a]]", 1).key)
+        self.assertNotEqual(self.decide("[[error:429 x=1]][[id:a]]").key, self.decide("[[error:429 x=1]][[id:b]]").key)
+
+    def test_scripted_errors_are_classified(self):
+        for text, kind, wait_s in (("[[error:429 retry-after=7 slow]]", "rate", 7.0), ("[[error:400 code=context_length_exceeded long]]", "overflow", None),
+                                   ("[[error:402 no]]", "quota", None), ("[[error:503 x]]", "rate", None), ("[[error:204 x]]", "transport", None)):
+            with self.subTest(text=text):
+                turn = self.decide(text)
+                self.assertEqual((turn.failure.kind, turn.failure.wait_s, turn.failure.resets_at, turn.events), (kind, wait_s, None, []))
+                with self.assertRaises(cp.UpstreamError) as caught:
+                    turn.reply
+                self.assertEqual(caught.exception.status, turn.failure.status)
+        error = self.decide("[[error:500 type=odd_error code=odd boom]]").error()
+        self.assertEqual(cp.openai_error(error)["error"], {"message": "boom", "type": "odd_error", "param": None, "code": "odd"})
+
+    def test_a_fault_comes_behind_the_first_block_of_a_stream(self):
+        turn = self.decide("[[midstream:overloaded_error busy]][[think:a]][[say:b]]", stream=True)
+        self.assertEqual([type(events[0]).__name__ for events in turn.events], ["ReplyStart", "BlockStart", "BlockDelta", "BlockStop", "Fault"])
+        self.assertEqual((turn.events[-1][0].failure.status, turn.events[-1][0].failure.message), (529, "busy"))
+        self.assertEqual(self.decide("[[midstream:overloaded_error busy]][[say:b]]").reply.content, [cp.Text("b")])
+
+    def test_a_cut_is_for_the_first_attempt(self):
+        self.assertEqual(self.decide("[[cut:2]][[say:a b c]]").cut_after, 2)
+        self.assertIsNone(self.decide("[[cut:2]][[say:a b c]]", 1).cut_after)
+
+    def test_usage_follows_the_size(self):
+        small, large = self.decide("hello").reply.usage, self.decide("hello " * 500).reply.usage
+        self.assertGreater(small.input, 0)
+        self.assertGreater(large.input, small.input + 600)
+        usage = self.decide("[[think:1234567890123456]][[say:1234]]").reply.usage
+        self.assertEqual((usage.output, usage.reasoning), (5, 4))
+        self.assertEqual(self.decide("[[usage:9,8,7]][[say:x]]").reply.usage, cp.Usage(9, 8, 7))
+        self.assertEqual(self.decide("[[usage:9,8,7]][[say:x]]").events[0][0].usage, cp.Usage(9, 0, 7))
+
+    def test_the_compaction_item_is_sealed_and_readable(self):
+        request = cp.Request("m", [cp.Message("user", [cp.Text("[[tool:first]]")]), cp.Message("developer", [cp.Opaque("compaction_trigger", {})])])
+        block = self.model.decide(request).reply.content[0]
+        self.assertEqual(base64.b64decode(block.sealed).decode(), block.summary)
+        behind = cp.Request("m", [request.messages[0], cp.Message("assistant", [block]), cp.Message("user", [cp.Text("<system-reminder>x</system-reminder>")])], DEMO_TOOLSETS["sdk"])
+        self.assertEqual(self.model.decide(behind).reply.content, [cp.Text("OK: <system-reminder>x</system-reminder>")])
+
+    def test_local_shell_and_server_bash(self):
+        turn = self.decide("[[tool:bash ls]]", tools=[cp.Tool("local_shell", kind="server")])
+        self.assertEqual(json.loads(turn.reply.content[0].arguments), {"type": "exec", "command": ["bash", "-lc", "ls"], "env": {}})
+        self.assertEqual(turn.reply.content[0].kind, "server")
+        turn = self.decide("[[tool:bash ls]]", tools=[cp.Tool("bash", kind="server", extra={"type": "bash_20250124"})])
+        self.assertEqual((turn.reply.content[0].kind, turn.reply.content[0].arguments), ("function", '{"command": "ls"}'))
+
+    def test_a_seal_counts_as_a_thought(self):
+        request = cp.Request("m", [cp.Message("user", [cp.Text("[[tool:first]][[say:T=%thoughts%]]")]), cp.Message("assistant", [cp.ToolCall("c", "f", "{}", seal="s")]),
+                                   cp.Message("user", [cp.ToolResult("c", [])])], DEMO_TOOLSETS["sdk"])
+        self.assertEqual(self.model.decide(request).reply.content, [cp.Text("T=1")])
+
+    def test_random_requests_never_raise(self):
+        seed = random.Random(7)
+        words = [f"[[{name}:" for name in cp.DEMO_NAMES.split("|")] + ["]]", "]", " ;; ", "bash ", "first", "{", "}", "[", '"a"', "9", " ", "x=1 ", "\ud800", "%items%",
+                                                                       "SUMMARY-OF-", "<block>", "call:f ", "tool:write a :: b"]
+        text = lambda: "".join(seed.choice(words) for _ in range(seed.randrange(25)))
+        block = lambda depth=1: seed.choice((
+            lambda: cp.Text(text()), lambda: cp.Thinking(text()), lambda: cp.Image(), lambda: cp.File(text=text()), lambda: cp.Refusal(text()),
+            lambda: cp.ToolCall(text(), text(), text()), lambda: cp.ToolResult("", [block(0) for _ in range(depth * seed.randrange(3))]),
+            lambda: cp.ToolReference(text()), lambda: cp.Compaction(), lambda: cp.Opaque(seed.choice(("x", "compaction_trigger", "document")), None)))()
+        for _ in range(2000):
+            tools = [cp.Tool(seed.choice((text(), "bash", "exec", "write", "")), seed.choice((None, text(), "Run JavaScript")), seed.choice((None, {}, {"properties": 1}, DEMO_RICH)),
+                             seed.choice(("function", "custom", "search", "server"))) for _ in range(seed.randrange(3))]
+            request = cp.Request(text(), [cp.Message(seed.choice(("user", "assistant", "system", "developer")), [block() for _ in range(seed.randrange(3))])
+                                          for _ in range(seed.randrange(5))], tools,
+                                 seed.choice((None, cp.ToolChoice("required"), cp.ToolChoice("tool", text()), cp.ToolChoice("none"), cp.ToolChoice("auto"))),
+                                 stream=seed.random() < 0.5, output=seed.choice((None, cp.OutputFormat(), cp.OutputFormat({}), cp.OutputFormat(DEMO_CITY))))
+            turn = self.model.decide(request, seed.randrange(2))
+            if turn.failure is None:
+                self.assertEqual(list(cp.lawful(turn.events, "t")), turn.events)
+
+
+# ---- side by side with the drivers' model -----------------------------------
+
+DEMO_CLIENTS = DRIVERS
+DEMO_KINDS = {"tool_search": "search", "local_shell": "server"}
+
+
+@unittest.skipUnless(os.path.exists(os.path.join(DEMO_CLIENTS, "script_model.py")), "the drivers' scripted model is not at hand")
+class DemoEquivalence(unittest.TestCase):
+    """Both models on every body of every conversation of DEMO_ROWS, and on more prompts than the rows hold."""
+
+    optional = True
+
+    @classmethod
+    def setUpClass(cls):
+        sys.path.insert(0, DEMO_CLIENTS)
+        import script_model
+        cls.script = script_model
+
+    def scripted(self, conversation):
+        """`decide` for Conversation.play by the drivers' model."""
+        def decide(body, attempt):
+            view = self.script.view_from(conversation.dialect, body)
+            action = self.script.decide(view, attempt)
+            if (action.text or "").startswith("OK: ") and self.script._active_script(view) < 0:
+                action.text = DEMO_INTRODUCTION
+            return demo_scripted_outcome(action, conversation, bool(body.get("stream"))), demo_scripted_blocks(action, len(conversation.said)), action.key
+        return decide
+
+    def side_by_side(self, row, dialect):
+        """(outcomes here, outcomes there, bodies): the conversation is led by the drivers' model."""
+        conversation, ours, theirs = DemoConversation(row, dialect), [], []
+        scripted = self.scripted(conversation)
+
+        def decide(body, attempt):
+            mine = cp.DemoModel().decide(demo_decoded(dialect, body), attempt)
+            result, reply, key = scripted(body, attempt)
+            ours.append(demo_outcome(mine, conversation.names, conversation.usage))
+            theirs.append(result)
+            return result, reply, key
+        conversation.play(decide)
+        return ours, theirs
+
+    def test_every_body_of_every_conversation(self):
+        bodies = 0
+        for row in DEMO_ROWS + demo_more_rows():
+            for dialect in DEMO_DIALECTS:
+                if not demo_applies(row, dialect):
+                    continue
+                ours, theirs = self.side_by_side(row, dialect)
+                bodies += len(ours)
+                for mine, wanted in zip(ours, theirs):
+                    with self.subTest(row=row[0], dialect=dialect):
+                        self.assertEqual(demo_masked(mine), demo_masked(wanted))
+        self.assertGreater(bodies, 400)
+
+
+def demo_more_rows():
+    """Each tool role with each client's tools, each alone."""
+    specs = ("bash echo hi", "read a/b", "write a/b :: text :: more", "list .", "patch a :: b", "task do [[say:x]]", "first")
+    return tuple((f"[[think:t]][[tool:{spec}]][[say:%results% %last_result%]]", tools, {}) for spec in specs for tools in DEMO_TOOLSETS)
+
+
+def demo_scripted_blocks(action, place):
+    """What the drivers' model answers, as blocks."""
+    if action.kind == "error":
+        return None
+    calls = [cp.ToolCall(f"call_{place}_{at}", call.name, call.input if call.input is not None else call.args_json(), DEMO_KINDS.get(call.kind, call.kind), call.namespace)
+             for at, call in enumerate(action.calls)]
+    blocks = [cp.Thinking(action.thinking)] if action.thinking else []
+    return blocks + ([cp.Text(action.text)] if action.text else []) + calls
+
+
+def demo_scripted_outcome(action, conversation, stream):
+    """What counts of its answer, in the words of `outcome`."""
+    if action.kind == "error":
+        code = action.error_code or action.error_type or None
+        return ("error", action.status, action.error_type, code, action.message, action.headers.get("retry-after"))
+    blocks = demo_scripted_blocks(action, 0)
+    calls = tuple(demo_call_outcome(block, conversation.names) for block in blocks if isinstance(block, cp.ToolCall))
+    text = "sealed: " + action.text if action.compaction else action.text or None
+    stop = cp.DEMO_STOPS.get(action.stop, "end")
+    if action.midstream and stream:
+        stop = (action.error_type, action.message)
+        calls = calls if len(blocks) == 1 else ()
+    return ("turn", action.thinking, text, calls, stop, action.usage if not action.midstream else None, (action.delay_ms, action.gap_ms, action.cut_after))
 
 
 ###############################################################################
@@ -9024,7 +9786,7 @@ class EveryExchangeARow(RelayCase):
             "not JSON": (None, b"{", {}, 400, "refused"),
             "a wrong type": (None, {**body, "messages": 7}, {}, 400, "refused"),
             "an unknown model": (None, {**body, "model": "nobody-has-this"}, {}, 400, "refused"),
-            "a wrong endpoint": (None, {**body, "model": "gpt-5.3-codex"}, {}, 400, "refused"),
+            "a wrong endpoint": (None, {**body, "model": "text-embedding-3-small"}, {}, 400, "refused"),
             "a wrong key": (None, body, {"x-api-key": "wrong"}, 401, "refused"),
             "a foreign origin": (None, body, {"x-api-key": "wrong", "origin": "https://evil.example"}, 403, "refused"),
             "upstream's refusal": (reply(400, "bad"), body, {}, 400, "upstream_error"),
@@ -9090,7 +9852,7 @@ HELLO = {"role": "user", "content": "hi"}
 COUNTED = {"model": "claude-opus-4.6", "messages": [HELLO]}
 EMBEDDED = {"model": "text-embedding-3-small", "input": "hi"}
 LIVE_BODIES = {"chat_completions": ASK[cp.CHAT][1], "responses": ASK[cp.RESPONSES][1], "messages": ASK[cp.MESSAGES][1],
-               "count_tokens": COUNTED, "embeddings": EMBEDDED}
+               "count_tokens": COUNTED, "embeddings": EMBEDDED, "gemini": {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}}
 
 
 class ServerCase(GatewayCase):
@@ -9114,7 +9876,7 @@ class ServerCase(GatewayCase):
             self.assertEqual(answer.json["type"], "error")
         else:
             self.assertNotIn("type", answer.json)
-            self.assertLessEqual({"message", "type", "param", "code"}, set(error))
+            self.assertLessEqual({"message", "code", "status"} if dialect == cp.GEMINI else {"message", "type", "param", "code"}, set(error))
         if final:
             self.assertEqual(answer.headers.get("x-should-retry"), "false")
         return error
@@ -9181,7 +9943,7 @@ class ServerRoutes(SharedServerCase):
     def test_a_known_path_refuses_other_methods_with_405_and_allow(self):
         for path, methods in cp.ROUTE_TABLE.items():
             path = path.replace("*", "gpt-4o")
-            dialect = cp.MESSAGES if path.startswith("/v1/messages") else cp.CHAT
+            dialect = cp.MESSAGES if path.startswith("/v1/messages") else cp.GEMINI if path.startswith("/v1beta") else cp.CHAT
             for method in ("DELETE", "PATCH", "BREW") + (() if "GET" in methods else ("GET", "HEAD")):
                 with self.subTest(method=method, path=path):
                     answer = self.ask(method, path, None, ADMIN)
@@ -9753,7 +10515,8 @@ class ServerBadInput(ServerCase):
         for dialect in ASK:
             self.post(ASK[dialect][0], b"{")
             self.post(*asking(dialect, model=7))
-            self.post(*asking(dialect, model="gpt-5.4" if dialect == cp.CHAT else "gpt-4o"))
+        self.post(*asking(cp.CHAT, model="text-embedding-3-small"))
+        self.post(*asking(cp.RESPONSES, model="text-embedding-3-small"))
         self.assertEqual(self.generated(), [])
 
     def test_a_name_nobody_has_is_refused_as_each_dialect_expects(self):
@@ -9764,17 +10527,22 @@ class ServerBadInput(ServerCase):
                 self.assertIn("wizard-9", error["message"])
         self.assertEqual(error["type"], "not_found_error")
 
-    def test_a_model_of_another_dialect_is_400_naming_an_endpoint_that_serves_it(self):
-        for dialect, model, wanted in (
-                (cp.CHAT, "gpt-5.4", "/v1/responses"), (cp.CHAT, "text-embedding-3-small", "/v1/embeddings"),
-                (cp.RESPONSES, "gpt-4o", "/v1/chat/completions"), (cp.RESPONSES, "claude-opus-4.6", "/v1/messages"),
-                (cp.MESSAGES, "gpt-4o", "/v1/chat/completions"), (cp.MESSAGES, "gpt-5.4", "/v1/responses")):
+    def test_a_model_no_dialect_fits_is_400_in_the_words_of_the_endpoint(self):
+        for dialect, words in ((cp.CHAT, "This model does not support the chat/completions endpoint. Please use /v1/messages or /v1/responses."),
+                               (cp.RESPONSES, "This model does not support the responses endpoint. Please choose a different model.")):
             for stream in (False, True):
-                with self.subTest(dialect=dialect, model=model, stream=stream):
-                    error = self.assert_refused(self.post(*asking(dialect, model=model, stream=stream)), 400, dialect)
-                    self.assertIn(wanted, error["message"])
+                with self.subTest(dialect=dialect, stream=stream):
+                    error = self.assert_refused(self.post(*asking(dialect, model="text-embedding-3-small", stream=stream)), 400, dialect)
+                    self.assertEqual((error["message"], error["code"]), (words, "unsupported_api_for_model"))
         error = self.assert_refused(self.post(EMBEDDINGS_ROUTE, {**EMBEDDED, "model": "gpt-4o"}), 400)
         self.assertIn("/v1/chat/completions", error["message"])
+
+    def test_strict_responses_serves_responses_models_only(self):
+        gateway = self.start(config={"strictResponses": True})
+        for model in ("gpt-4o", "claude-opus-4.6"):
+            error = self.assert_refused(self.ask("POST", *asking(cp.RESPONSES, model=model), gateway=gateway), 400, cp.RESPONSES)
+            self.assertEqual(error["message"], "This model does not support the responses endpoint. Please choose a different model.")
+        self.assertEqual(self.ask("POST", *asking(cp.RESPONSES), gateway=gateway).status, 200)
 
     def test_a_dead_upstream_is_504_naming_the_tries(self):
         self.upstream.close()
@@ -11133,6 +11901,318 @@ class Crowds(RelayCase):
         self.assertEqual({"ok"}, {row["outcome"] for row in self.gateway.rows()})
 
 
+# ---- any client, any model ----------------------------------------------------
+
+GEMINI_PATH = "/v1beta/models/{}:generateContent"
+GEMINI_STREAM_PATH = "/v1beta/models/{}:streamGenerateContent?alt=sse"
+CITY_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+CLIENT_DIALECTS = (cp.CHAT, cp.RESPONSES, cp.MESSAGES, cp.GEMINI)
+MODEL_OF = {cp.CHAT: "gpt-4o", cp.RESPONSES: "gpt-5.4", cp.MESSAGES: "claude-opus-4.6"}
+
+
+def gemini_complaint(stream: bytes) -> str:
+    """What is illegal about a Gemini stream: data frames of candidates only, one finish reason, in the last; or one error, last."""
+    if any(not frame.startswith(b"data: {") for frame in cp.split_frames(stream) if frame.strip()):
+        return "a frame that is no data"
+    bodies = [value for value in map(cp.frame_json, cp.split_frames(stream)) if value is not None]
+    if not bodies:
+        return "empty"
+    if any("error" in body for body in bodies[:-1]):
+        return "an error before the end"
+    ends = [at for at, body in enumerate(bodies) if "error" in body or any(part.get("finishReason") for part in body["candidates"])]
+    return "" if ends == [len(bodies) - 1] else f"ends at {ends} of {len(bodies)}"
+
+
+COMPLAINTS = {cp.CHAT: chat_complaint, cp.RESPONSES: responses_complaint, cp.MESSAGES: messages_complaint, cp.GEMINI: gemini_complaint}
+
+
+class StoringClient:
+    """A client that sends back what it was given, and its tools' results; nothing else is kept.
+
+    `turns` are what the history holds, in the wire form of the dialect; `ask` gives the request of the moment.
+    """
+
+    def __init__(self, dialect: str, model: str, stream: bool) -> None:
+        self.dialect, self.model, self.stream = dialect, model, stream
+        self.turns: List[Json] = []
+        self.last: Json = {}
+
+    def say(self, text: str) -> None:
+        if self.dialect == cp.GEMINI:
+            self.turns.append({"role": "user", "parts": [{"text": text}]})
+        else:
+            self.turns.append({"role": "user", "content": text})
+
+    def ask(self) -> Tuple[str, Json]:
+        """(path, body) with one tool, `get_weather`."""
+        about = {"name": "get_weather", "description": "Weather"}
+        if self.dialect == cp.GEMINI:
+            path = GEMINI_STREAM_PATH if self.stream else GEMINI_PATH
+            return path.format(self.model), {"contents": self.turns, "tools": [{"functionDeclarations": [{**about, "parametersJsonSchema": CITY_SCHEMA}]}],
+                                             "generationConfig": {"thinkingConfig": {"includeThoughts": True, "thinkingBudget": 2000}}}
+        common = {"model": self.model, "stream": self.stream, **({"stream_options": {"include_usage": True}} if self.stream and self.dialect == cp.CHAT else {})}
+        if self.dialect == cp.CHAT:
+            return ASK[cp.CHAT][0], {**common, "messages": self.turns, "tools": [{"type": "function", "function": {**about, "parameters": CITY_SCHEMA}}],
+                                     "reasoning_effort": "high"}
+        if self.dialect == cp.RESPONSES:
+            return ASK[cp.RESPONSES][0], {**common, "input": self.turns, "tools": [{"type": "function", **about, "parameters": CITY_SCHEMA}],
+                                          "reasoning": {"effort": "high", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "store": False}
+        return ASK[cp.MESSAGES][0], {**common, "max_tokens": 9000, "messages": self.turns, "tools": [{**about, "input_schema": CITY_SCHEMA}],
+                                     "thinking": {"type": "enabled", "budget_tokens": 2000}}
+
+    def take(self, answer: Reply) -> cp.Reply:
+        """Keeps an answer in the history, as the dialect's SDK would; the hub's value of it."""
+        codec = cp.CODECS[self.dialect]
+        if self.stream:
+            reply = cp.collect(codec.decode_stream([cp.parse_frames(answer.body)]))
+            self.last = codec.encode_reply(reply, None)
+        else:
+            self.last = answer.json
+            reply = codec.decode_reply(copy.deepcopy(self.last))
+        if self.dialect == cp.GEMINI:
+            self.turns.append(self.last["candidates"][0]["content"])
+        elif self.dialect == cp.CHAT:
+            self.turns.append(self.last["choices"][0]["message"])
+        elif self.dialect == cp.RESPONSES:
+            self.turns += self.last["output"]
+        else:
+            self.turns.append({"role": "assistant", "content": self.last["content"]})
+        return reply
+
+    def answer_calls(self, reply: cp.Reply, text: str) -> None:
+        """The results of all calls of a reply."""
+        for call in [block for block in reply.content if isinstance(block, cp.ToolCall)]:
+            if self.dialect == cp.CHAT:
+                self.turns.append({"role": "tool", "tool_call_id": call.id, "content": text})
+            elif self.dialect == cp.RESPONSES:
+                self.turns.append({"type": "function_call_output", "call_id": call.id, "output": text})
+            elif self.dialect == cp.MESSAGES:
+                self.turns.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": text}]})
+            else:
+                self.turns.append({"role": "user", "parts": [{"functionResponse": {"name": call.name, "response": {"output": text}}}]})
+
+
+class AnyClientAnyModel(RelayCase):
+    """Every client dialect with a model of every upstream dialect, on the strict scripted upstream."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        record = self.gateway.app.models.current().records[MODEL_OF[cp.MESSAGES]]
+        record["supported_endpoints"] = ["/v1/messages"]  # a Claude that speaks nothing but Messages, as none on the list does
+
+    PAIRS = tuple(itertools.product(CLIENT_DIALECTS, MODEL_OF, (False, True)))
+
+    def test_an_answer_reads_the_same_whatever_the_upstream_speaks(self):
+        for dialect, upstream, streamed in self.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                client = StoringClient(dialect, MODEL_OF[upstream], streamed)
+                client.say("hi")
+                answer = self.post(*client.ask())
+                self.assertEqual(200, answer.status, answer.text[:300])
+                if streamed:
+                    self.assertEqual("", COMPLAINTS[dialect](answer.body))
+                reply = client.take(answer)
+                self.assertEqual(f"Hello from {MODEL_OF[upstream]}", "".join(block.text for block in reply.content if isinstance(block, cp.Text)))
+                self.assertEqual("end", reply.stop_reason)
+                row = self.row(answer)
+                self.assertEqual((dialect, upstream, "pass-through" if dialect == upstream else "translated", 200, "ok"),
+                                 (row["dialect"], row["upstream_dialect"], row["road"], row["status"], row["outcome"]))
+                self.assertEqual((reply.usage.input, reply.usage.output), (row["input_tokens"], row["output_tokens"]))
+                self.assertTrue(row["input_tokens"] and row["output_tokens"])
+
+    def test_a_refusal_of_upstream_is_told_in_the_words_of_the_client(self):
+        told = {cp.CHAT: "context_length_exceeded", cp.RESPONSES: "context_length_exceeded", cp.MESSAGES: "prompt is too long", cp.GEMINI: "exceeds the maximum"}
+        overflow = {"error": {"message": "prompt token count of 99 exceeds the limit of 88", "code": "model_max_prompt_tokens_exceeded"}}
+        for dialect, upstream, streamed in self.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                self.upstream.scripts[UPSTREAM_PATHS[upstream]].clear()
+                self.upstream.answer(UPSTREAM_PATHS[upstream], reply(400, overflow))
+                client = StoringClient(dialect, MODEL_OF[upstream], streamed)
+                client.say("hi")
+                answer = self.post(*client.ask())
+                self.assertEqual(400, answer.status)
+                self.assertIn(told[dialect], answer.text)
+
+    def test_a_stream_that_breaks_off_ends_in_the_words_of_the_client(self):
+        for dialect, upstream, streamed in self.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                if not streamed:
+                    continue
+                frames = script(upstream)
+                self.upstream.scripts[UPSTREAM_PATHS[upstream]].clear()
+                self.upstream.answer(UPSTREAM_PATHS[upstream], stream(*frames[:len(frames) // 2], end="cut"))
+                client = StoringClient(dialect, MODEL_OF[upstream], streamed)
+                client.say("hi")
+                answer = self.post(*client.ask())
+                self.assertEqual((200, True), (answer.status, answer.whole))
+                self.assertEqual("", COMPLAINTS[dialect](answer.body), answer.text[-400:])
+                self.assertIn("error", answer.text)
+                self.assertEqual("interrupted", self.row(answer)["outcome"])
+
+    def test_a_translated_request_keeps_the_laws_of_upstream(self):
+        """The scripted upstream is strict: a `service_tier`, a foreign field or a missing limit would be refused."""
+        for dialect, upstream, streamed in self.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                client = StoringClient(dialect, MODEL_OF[upstream], streamed)
+                client.say("hi")
+                path, body = client.ask()
+                if dialect == cp.CHAT:
+                    body.update(service_tier="auto", seed=1, n=1, user="u", stop=["X"], response_format={"type": "json_schema", "json_schema": {
+                        "name": "x", "schema": {**CITY_SCHEMA, "additionalProperties": False}, "strict": True}})
+                elif dialect == cp.RESPONSES:
+                    body.update(service_tier="auto", truncation="auto", text={"format": {"type": "json_schema", "name": "x", "schema": {
+                        **CITY_SCHEMA, "additionalProperties": False}, "strict": True}, "verbosity": "low"})
+                elif dialect == cp.MESSAGES:
+                    body.update(stop_sequences=["X"], metadata={"user_id": "u"}, context_management={"edits": []})
+                else:
+                    body.update(safetySettings=[{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "BLOCK_NONE"}])
+                    body["generationConfig"].update(stopSequences=["X"], responseMimeType="application/json", responseJsonSchema=CITY_SCHEMA, seed=1)
+                answer = self.post(path, body)
+                self.assertEqual(200, answer.status, answer.text[:400])
+
+
+class AnyClientDemo(unittest.TestCase):
+    """The demo behind the same doors: three turns of clients that only store what they were given."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.gateway = RunningGateway(None, demo=True, config={"streams": {"statusHoldSeconds": 5}})
+        cls.addClassCleanup(cls.gateway.close)
+
+    def ask(self, method: str, path: str, body: Any = None) -> Reply:
+        client = Client(self.gateway.port)
+        self.addCleanup(client.close)
+        client.request(method, path, body)
+        return client.reply()
+
+    def test_state_survives_three_turns_of_a_client_that_only_stores(self):
+        prompt = ('[[think:deep]] [[call:get_weather {"city":"Paris"}]] [[think:deeper]] [[call:get_weather {"city":"Rome"}]]'
+                  ' [[say:thoughts=%thoughts% results=%results% last=%last_result%]]')
+        for dialect, upstream, stream in itertools.product(CLIENT_DIALECTS, ("demo-chat", "demo-responses", "demo-messages"), (False, True)):
+            with self.subTest(client=dialect, model=upstream, stream=stream):
+                client = StoringClient(dialect, upstream, stream)
+                client.say(prompt + f"[[id:{dialect}{upstream}{stream}]]")
+                for city in ("Paris", "Rome"):
+                    answer = self.ask("POST", *client.ask())
+                    self.assertEqual(200, answer.status, answer.text[:400])
+                    turn = client.take(answer)
+                    self.assertEqual([("get_weather", {"city": city})],
+                                     [(block.name, json.loads(block.arguments)) for block in turn.content if isinstance(block, cp.ToolCall)])
+                    self.assertEqual("tool", turn.stop_reason)
+                    client.answer_calls(turn, f"sunny in {city}")
+                final = client.take(self.ask("POST", *client.ask()))
+                self.assertEqual("thoughts=2 results=2 last=sunny in Rome", "".join(block.text for block in final.content if isinstance(block, cp.Text)))
+
+    def test_state_never_reaches_a_foreign_model(self):
+        """A conversation that changes its model half-way: the new one gets the words, not the sealed state."""
+        models = ("demo-chat", "demo-responses", "demo-messages")
+        for dialect, first, second in itertools.product(CLIENT_DIALECTS, models, models):
+            with self.subTest(client=dialect, first=first, second=second):
+                client = StoringClient(dialect, first, False)
+                client.say('[[think:deep]] [[call:get_weather {"city":"Paris"}]] [[say:thoughts=%thoughts%]]')
+                turn = client.take(self.ask("POST", *client.ask()))
+                client.answer_calls(turn, "sunny")
+                client.model = second
+                answer = self.ask("POST", *client.ask())
+                self.assertEqual(200, answer.status, answer.text[:300])
+                self.assertIn("thoughts=1" if first == second else "thoughts=0", answer.text)
+
+    def test_the_doors_of_the_demo(self):
+        self.assertEqual(["demo-chat", "demo-responses", "demo-messages", "demo-embeddings"], [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]])
+        self.assertEqual("demo", self.ask("GET", "/usage").json["login"])
+        self.assertEqual("signed_in", self.ask("POST", "/auth/device").json["state"])
+        answer = self.ask("POST", ASK[cp.MESSAGES][0], {**ASK[cp.MESSAGES][1], "model": "claude-haiku-4-5"})
+        self.assertEqual((200, "demo-chat", "unknown-name"), (answer.status, answer.headers["x-copilot-api-model"], answer.headers["x-copilot-api-reason"]))
+        self.assertIn("demo model", answer.text)
+        self.assertEqual(5, len(self.ask("POST", EMBEDDINGS_ROUTE, {"model": "x", "input": ["a"], "dimensions": 5}).json["data"][0]["embedding"]))
+        counted = self.ask("POST", COUNT_ROUTE, {**COUNTED, "model": "demo-messages"}).json
+        self.assertGreater(counted["input_tokens"], 0)
+        self.assertNotIn("estimated", counted)
+
+    def test_a_scripted_failure_goes_through_the_same_steps(self):
+        for dialect in CLIENT_DIALECTS:
+            client = StoringClient(dialect, "demo-chat", True)
+            client.say(f"[[error:529 x=1 busy]] [[say:back]] [[id:{dialect}]]")
+            self.assertEqual(529, self.ask("POST", *client.ask()).status)
+            answer = self.ask("POST", *client.ask())
+            self.assertEqual("back", "".join(block.text for block in client.take(answer).content if isinstance(block, cp.Text)), answer.text[:300])
+            client = StoringClient(dialect, "demo-chat", True)
+            client.say(f"[[error:400 no such thing]] [[id:{dialect}]]")
+            answer = self.ask("POST", *client.ask())
+            self.assertEqual(400, answer.status)
+            self.assertIn("no such thing", answer.text)
+            client = StoringClient(dialect, "demo-responses", True)
+            client.say(f"[[midstream:overloaded_error too busy]] [[say:one two]] [[id:{dialect}]]")
+            answer = self.ask("POST", *client.ask())
+            self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)), answer.text)
+            self.assertIn("too busy", answer.text)
+
+    def test_nothing_of_the_demo_meets_the_files_of_the_account(self):
+        self.assertFalse(os.path.exists(self.gateway.setup.paths.models))
+        self.assertFalse(os.path.exists(self.gateway.setup.paths.token))
+
+
+class GeminiDoors(ServerCase):
+    """Gemini's own verbs and spellings."""
+
+    BODY = LIVE_BODIES["gemini"]
+
+    def test_any_number_of_version_prefixes_means_the_same(self):
+        for prefix in ("", "/v1", "/v1beta", "/v1beta/v1beta", "/v1/v1beta", "/v1beta/v1"):
+            for verb in ("", ":generateContent", ":streamGenerateContent", ":streamGenerateContent?alt=sse", ":countTokens"):
+                with self.subTest(prefix=prefix, verb=verb):
+                    self.assertEqual(200, self.post(f"{prefix}/models/gpt-4o{verb}", self.BODY).status)
+
+    def test_a_stream_without_sse_is_one_array_of_the_same_objects(self):
+        listed = self.post(GEMINI_STREAM_PATH.format("gpt-4o").partition("?")[0], self.BODY)
+        framed = self.post(GEMINI_STREAM_PATH.format("gpt-4o"), self.BODY)
+        self.assertEqual(("application/json", True), (listed.headers["content-type"].partition(";")[0], listed.whole))
+        self.assertIn("text/event-stream", framed.headers["content-type"])
+        bodies = [value for value in map(cp.frame_json, cp.split_frames(framed.body)) if value is not None]
+        texts = ["".join(part.get("text", "") for body in found for part in body["candidates"][0]["content"]["parts"]) for found in (listed.json, bodies)]
+        self.assertEqual(["Hello from gpt-4o"] * 2, texts)
+
+    def test_an_array_that_breaks_off_is_still_an_array(self):
+        self.upstream.answer(CHAT_PATH, stream(*script(cp.CHAT)[:2], end="cut"))
+        answer = self.post(GEMINI_STREAM_PATH.format("gpt-4o").partition("?")[0], self.BODY)
+        self.assertEqual(200, answer.status)
+        self.assertIn("error", answer.json[-1])
+
+    def test_an_unknown_verb_is_404_and_a_foreign_model_404(self):
+        for path, words in (("/v1beta/models/gpt-4o:sing", "Unsupported Gemini endpoint."), ("/v1beta/models/wizard-9:generateContent", "wizard-9")):
+            error = self.assert_refused(self.post(path, self.BODY), 404, cp.GEMINI)
+            self.assertEqual("NOT_FOUND", error["status"])
+            self.assertIn(words, error["message"])
+
+    def test_a_body_without_words_is_400_in_the_words_of_the_seeds(self):
+        for body in ({}, {"contents": []}, {"contents": [], "systemInstruction": {"parts": [{"text": "be brief"}]}}):
+            error = self.assert_refused(self.post(GEMINI_PATH.format("gpt-4o"), body), 400, cp.GEMINI)
+            self.assertEqual(("Invalid Gemini request: contents.parts.text is required.", "INVALID_ARGUMENT"), (error["message"], error["status"]))
+
+    def test_without_fallback_only_chat_models_are_served(self):
+        gateway = self.start(config={"geminiFallback": False})
+        error = self.assert_refused(self.ask("POST", GEMINI_PATH.format("gpt-5.4"), self.BODY, gateway=gateway), 400, cp.GEMINI)
+        self.assertEqual("This model does not support chat/completions. Please switch model.", error["message"])
+        self.assertEqual(200, self.ask("POST", GEMINI_PATH.format("gpt-4o"), self.BODY, gateway=gateway).status)
+        self.assertEqual("This model does not support Gemini-compatible requests. Please switch model.", self.assert_refused(
+            self.post(GEMINI_PATH.format("text-embedding-3-small"), self.BODY), 400, cp.GEMINI)["message"])
+
+    def test_embeddings_in_both_verbs(self):
+        one = self.post("/v1beta/models/text-embedding-3-small:embedContent", {"content": {"parts": [{"text": "a"}, {"text": "b"}]}, "outputDimensionality": 8}).json
+        many = self.post("/v1beta/models/text-embedding-3-small:batchEmbedContents", {"requests": [{"content": {"parts": [{"text": text}]}} for text in "abc"]}).json
+        self.assertTrue(one["embedding"]["values"])
+        self.assertEqual(3, len(many["embeddings"]))
+        self.assert_refused(self.post("/v1beta/models/text-embedding-3-small:embedContent", {"content": {"parts": []}}), 400, cp.GEMINI)
+
+    def test_the_lists_are_gemini_s_for_its_clients_only(self):
+        listed = self.get("/v1beta/models").json["models"]
+        self.assertIn("models/gpt-4o", [entry["name"] for entry in listed])
+        self.assertIn("generateContent", listed[0]["supportedGenerationMethods"])
+        self.assertEqual(listed, self.get("/v1/models", {"x-goog-api-client": "x"}).json["models"])
+        self.assertEqual("models/gpt-4o", self.get("/v1beta/models/gpt-4o").json["name"])
+        self.assertIn("data", self.get("/v1/models").json)
+
+
 ###############################################################################
 #                             Shape of the source                             #
 ###############################################################################
@@ -11283,8 +12363,8 @@ class ShapeOfTheSource(unittest.TestCase):
 ###############################################################################
 # Official SDKs and real clients against the gateway. The default run leaves these classes out; what is not installed is skipped.
 #
-#     pip install openai anthropic                                # for the SDKs
-#     ../shared/tools/clients/install.sh DIR claude codex         # for the clients; then CLIENTS_DIR=DIR
+#     pip install openai anthropic google-genai                   # for the SDKs
+#     ../shared/tools/clients/install.sh DIR                      # for the clients; then CLIENTS_DIR=DIR
 #     python test_copilot_proxy.py conformance [NAME...]          # TMO=30: seconds a client may take per run
 #
 # The drivers are those of ../shared/tools/clients; the model behind them is its script_model.py. Only what REPAIRS_LATER
@@ -11297,7 +12377,10 @@ SDK_SWITCHES = {"chat_first_chunk_empty": False}
 
 def absent(package: str) -> str:
     """Why the tests of a Python package cannot run; empty when they can."""
-    return "" if importlib.util.find_spec(package) else f"the package {package} is not installed"
+    try:
+        return "" if importlib.util.find_spec(package) else f"the package {package} is not installed"
+    except ModuleNotFoundError:
+        return f"the package {package} is not installed"
 
 
 def undriven(driver: str) -> str:
@@ -11307,7 +12390,8 @@ def undriven(driver: str) -> str:
 
 def uninstalled(client: str) -> str:
     """Why a real client cannot run; empty when it can."""
-    return "" if os.path.exists(os.path.join(CLIENT_BIN, client)) else f"no {client} in CLIENTS_DIR ({CLIENTS_DIR})"
+    folders = (CLIENT_BIN, os.path.join(CLIENTS_DIR, "npm-gemini", "node_modules", ".bin"))
+    return "" if any(os.path.exists(os.path.join(folder, client)) for folder in folders) else f"no {client} in CLIENTS_DIR ({CLIENTS_DIR})"
 
 
 def last_words(command: Sequence[str], timeout_s: float, **env: str) -> Tuple[int, str]:
@@ -11369,9 +12453,78 @@ class ClientDriverTest(DriverCase):
     def test_claude_code_passes_its_default_scenarios(self):
         self.runs_client("claude", "claude-sonnet-4.5")
 
+
+class CodexDriverTest(DriverCase):
+
     @unittest.skipIf(uninstalled("codex"), uninstalled("codex"))
     def test_codex_passes_its_default_scenarios(self):
         self.runs_client("codex", "gpt-5.5")
+
+
+class DemoDriverCase(unittest.TestCase):
+    """The drivers against `start --demo` and nothing else: every client on models of foreign upstream dialects."""
+
+    optional = True
+    # client or SDK -> (the model asked for, whom the demo answers it with), foreign dialects only
+    CLIENTS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+        "claude": ("claude-sonnet-4.5", ("demo-responses",)), "codex": ("gpt-5.5", ("demo-messages",)),
+        "opencode": ("claude-sonnet-4.5", ("demo-responses",)), "gemini": ("gemini-2.5-pro", ("demo-messages",))}
+    SDKS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+        "openai": ("openai", ("demo-messages", "demo-chat")), "anthropic": ("anthropic", ("demo-chat", "demo-responses")),
+        "gemini": ("google.genai", ("demo-chat", "demo-responses", "demo-messages"))}
+
+    def passes(self, name: str, models: Sequence[str], command: Callable[[str, str], Sequence[str]], timeout_s: float) -> None:
+        for model in models:
+            with self.subTest(name, model=model):
+                gateway = RunningGateway(None, {"modelMappings": {"claude*": model, "gpt*": model, "gemini*": model}}, unit_s=1.0, demo=True)
+                self.addCleanup(gateway.close)
+                status, output = last_words(command(gateway.url, model), timeout_s, CLIENTS_DIR=CLIENTS_DIR, TMO=os.environ.get("TMO", "30"))
+                self.assertEqual((0, True), (status, f"PASS {name}: " in output), output)
+
+    def runs_client(self, name: str) -> None:
+        script = os.path.join(DRIVERS, f"run_{name}.sh")
+        if undriven(f"run_{name}.sh") or uninstalled(name):
+            self.skipTest(undriven(f"run_{name}.sh") or uninstalled(name))
+        asked, models = self.CLIENTS[name]
+        self.passes(name, models, lambda url, model: ["bash", script, url, asked], 600)
+
+    def runs_sdk(self, name: str) -> None:
+        script = os.path.join(DRIVERS, f"sdk_{name}.py")
+        package, models = self.SDKS[name]
+        if undriven(f"sdk_{name}.py") or absent(package):
+            self.skipTest(undriven(f"sdk_{name}.py") or absent(package))
+        self.passes(f"sdk_{name}", models, lambda url, model: [sys.executable, script, url, model], 120)
+
+
+class ClaudeOnDemoTest(DemoDriverCase):
+    def test_claude_code_on_foreign_models(self):
+        self.runs_client("claude")
+
+
+class CodexOnDemoTest(DemoDriverCase):
+    def test_codex_on_foreign_models(self):
+        self.runs_client("codex")
+
+
+class OpencodeOnDemoTest(DemoDriverCase):
+    def test_opencode_on_foreign_models(self):
+        self.runs_client("opencode")
+
+
+class GeminiOnDemoTest(DemoDriverCase):
+    def test_gemini_cli_on_foreign_models(self):
+        self.runs_client("gemini")
+
+
+class SdksOnDemoTest(DemoDriverCase):
+    def test_the_openai_sdk_on_foreign_models(self):
+        self.runs_sdk("openai")
+
+    def test_the_anthropic_sdk_on_foreign_models(self):
+        self.runs_sdk("anthropic")
+
+    def test_the_google_sdk_on_foreign_models(self):
+        self.runs_sdk("gemini")
 
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -12462,12 +13615,12 @@ def run_tests(names: Sequence[str], wanted: Callable[[type], bool], share: int =
     return report(begun, result.testsRun - len(broken) - len(result.skipped), len(broken) + len(result.unexpectedSuccesses))
 
 
-def run_shares(shares: int) -> int:
-    """Runs all tests in so many processes, each with its share of the classes, and prints what they printed."""
+def run_shares(shares: int, kind: str) -> int:
+    """Runs all tests of a kind in so many processes, each with its share of the classes, and prints what they printed."""
     begun, passed, failed = time.monotonic(), 0, 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(shares)]
-        workers = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "share", str(share), str(shares)], stdout=file, stderr=subprocess.STDOUT)
+        workers = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "share", kind, str(share), str(shares)], stdout=file, stderr=subprocess.STDOUT)
                    for share, file in enumerate(files)]
         for worker, file in zip(workers, files):
             worker.wait()
@@ -12486,9 +13639,9 @@ def report(begun: float, passed: int, failed: int) -> int:
     return 1 if failed or not passed else 0
 
 
-def is_normal(case: type) -> bool:
-    """Whether a class runs without anything installed."""
-    return not getattr(case, "optional", False)
+# kind -> the classes of it: `normal` ones run without anything installed
+CLASSES_OF: Dict[str, Callable[[type], bool]] = {"normal": lambda case: not getattr(case, "optional", False),
+                                                 "conformance": lambda case: bool(getattr(case, "optional", False))}
 
 
 def main(args: Sequence[str]) -> int:
@@ -12501,11 +13654,11 @@ def main(args: Sequence[str]) -> int:
         return 0
     if args[:1] == ["bench"]:
         return bench(args[1:])
-    if args[:1] == ["conformance"]:
-        return run_tests(args[1:], lambda case: getattr(case, "optional", False))
     if args[:1] == ["share"]:
-        return run_tests((), is_normal, int(args[1]), int(args[2]))
-    return run_tests(args, is_normal) if args else run_shares(min(4, os.cpu_count() or 1))
+        return run_tests((), CLASSES_OF[args[1]], int(args[2]), int(args[3]))
+    kind = "conformance" if args[:1] == ["conformance"] else "normal"
+    names = args[kind == "conformance":]
+    return run_tests(names, CLASSES_OF[kind]) if names else run_shares(min(4, os.cpu_count() or 1), kind)
 
 
 if __name__ == "__main__":
