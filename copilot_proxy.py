@@ -529,6 +529,7 @@ class Plan:
     betas: List[str] = field(default_factory=list)
     names: Names = field(default_factory=Names)  # tool names as upstream gets them
     origin: str = ""  # who reads the state this exchange seals
+    cut_at: Optional[int] = None  # tokens of visible text after which we end the answer; None where upstream does
     edits: List[str] = field(default_factory=list)  # names of the rows that changed something
     dropped: List[str] = field(default_factory=list)  # named to the client
 
@@ -1670,6 +1671,73 @@ def renumbered(event: Any, index: int) -> Event:
     if event.index == index:
         return event
     return BlockDelta(index, event.text) if type(event) is BlockDelta else type(event)(index, event.block)
+
+
+WORD = re.compile(r"\S+\s*|\s+")
+
+
+class TextCutter:
+    """Ends the visible text of one stream where its client said, for an upstream that cannot be told: at a stop sequence,
+    or behind `most` tokens as `tokens(text)` counts them. What follows is read for its usage and dropped.
+    """
+
+    def __init__(self, most: Optional[int], stops: Sequence[str], tokens: Callable[[str], int]) -> None:
+        self._left: float = float("inf") if most is None else most
+        self._stops = [stop for stop in stops if stop]
+        self._tokens = tokens
+        self._held: Dict[int, str] = {}  # open text -> its end so far, which may be the beginning of a stop sequence
+        self._cut: Optional[ReplyStop] = None
+
+    def stream(self, batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
+        """The stream, ended early where it must be."""
+        for events in batches:
+            kept = [one for event in events for one in self._event(event)]
+            if kept:
+                yield kept
+
+    def _event(self, event: Any) -> List[Event]:
+        kind = type(event)
+        if self._cut is not None:
+            ending = kind is ReplyStop or kind is Fault
+            return [ReplyStop(self._cut.reason, event.usage if kind is ReplyStop else None, self._cut.sequence)] if ending else []
+        if kind is BlockStart and isinstance(event.block, Text):
+            self._held[event.index] = ""
+        elif kind is BlockDelta and event.index in self._held:
+            return self._said(event.index, self._held[event.index] + event.text, False)
+        elif kind is BlockStop and event.index in self._held:
+            rest = self._said(event.index, self._held[event.index], True)
+            return rest if self._cut is not None else [*rest, event]
+        return [event]
+
+    def _said(self, index: int, text: str, last: bool) -> List[Event]:
+        """The delta to pass on of a text that has come; at its `last` nothing is held back."""
+        found = min(((text.find(stop), stop) for stop in self._stops if stop in text), default=None)
+        held = 0
+        if found is not None:
+            self._cut, text = ReplyStop("stop", None, found[1]), text[:found[0]]
+        elif not last:
+            held = max((size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+            text, self._held[index] = text[:len(text) - held], text[len(text) - held:]
+        fitting = self._fitting(text)
+        if len(fitting) < len(text):
+            self._cut = ReplyStop("length")
+        return [BlockDelta(index, fitting)] if fitting else []
+
+    def _fitting(self, text: str) -> str:
+        """As much of a text as is left to say."""
+        if self._left == float("inf"):
+            return text
+        size = self._tokens(text)
+        if size <= self._left:
+            self._left -= size
+            return text
+        fitting = ""
+        for word in WORD.findall(text):
+            self._left -= self._tokens(word)
+            if self._left < 0:
+                break
+            fitting += word
+        return fitting
 
 
 ID_PREFIXES = {CHAT: "chatcmpl-", RESPONSES: "resp_", MESSAGES: "msg_", GEMINI: ""}
@@ -7434,17 +7502,31 @@ class Catalogue:
 # ---- what the model can do ---------------------------------------------------
 
 
+REASONING_OUTPUT = 12800  # what a model that reasons gets at least towards Responses (DESIGN 8, "Output limits")
+
+
 def fitted(request: Request, record: Optional[Json], upstream: str, fill: bool) -> Request:
     """The request within the model's limits: output tokens, and thinking in the form and strength it knows.
 
-    `fill`: a missing output limit becomes the model's own (Messages needs one).
+    `fill`: a missing output limit becomes the model's own (Messages needs one). Responses counts reasoning as output: there
+    the limit is raised while the model reasons, and the answer cut by us.
     """
     if record is None:
         return request
     limit = model_limit(record, "max_output_tokens")
     tokens = request.max_tokens if request.max_tokens is not None or not (fill or upstream == MESSAGES) else limit
+    reasoning = fitted_reasoning(request.reasoning, record, upstream)
+    if upstream == RESPONSES and tokens and is_reasoning(reasoning, record):
+        tokens = max(tokens, REASONING_OUTPUT)
     tokens = min(tokens, limit) if tokens and limit else tokens
-    return replace(request, max_tokens=tokens, reasoning=fitted_reasoning(request.reasoning, record, upstream))
+    return replace(request, max_tokens=tokens, reasoning=reasoning)
+
+
+def is_reasoning(asked: Optional[Reasoning], record: Json) -> bool:
+    """Whether the model will reason: asked to, or because it does so unless told otherwise."""
+    if asked is not None and (asked.mode == "off" or asked.effort):
+        return asked.mode != "off" and asked.effort != "none"
+    return bool(model_capability(record, "supports", "reasoning_effort"))
 
 
 def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str) -> Optional[Reasoning]:
@@ -11802,9 +11884,10 @@ class TranslatedRoad(Road):
     """Upstream speaks another dialect: frames -> events -> frames, batch by batch; whole answers by the same values."""
 
     def __init__(self, plan: Plan, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch,
-                 recollection: Recollection) -> None:
+                 recollection: Recollection, cutter: Optional[Callable[[], TextCutter]]) -> None:
         super().__init__(plan, inbound, line, exchange, watch)
         self._asked = request
+        self._cutter = cutter  # one for each try
         self._recollection = recollection
         self._client, self._upstream = CODECS[plan.dialect], CODECS[plan.upstream_dialect]
         self._framing: Callable[[Iterable[Frame]], bytes] = format_frames
@@ -11823,7 +11906,8 @@ class TranslatedRoad(Road):
 
     def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches) -> None:
         plan, exchange = self.plan, self.exchange
-        events = lawful(restore_names(decoded, plan.names), exchange.trace_id)
+        restored = restore_names(decoded, plan.names)
+        events = lawful(self._cutter().stream(restored) if self._cutter else restored, exchange.trace_id)
         tally = Tally(self, batches, carry(events, plan.origin, plan.dialect, plan.upstream_dialect))
         last = b""
         try:
@@ -11849,6 +11933,8 @@ class TranslatedRoad(Road):
         """Translates a whole answer."""
         plan = self.plan
         reply = restore_reply(self._upstream.decode_reply(good_object(answer, read_whole(answer))), plan.names)
+        if self._cutter:
+            reply = collect(lawful(self._cutter().stream([replay(reply)]), self.exchange.trace_id))
         reply = carried_reply(reply, plan.origin, plan.dialect, plan.upstream_dialect)
         reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id))
         if plan.dialect == CHAT:
@@ -11958,10 +12044,11 @@ class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, machine_id: str, watch: Watch,
-                 approve: Optional[Callable[[str], bool]] = None) -> None:
+                 estimator: TokenEstimator, approve: Optional[Callable[[str], bool]] = None) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
+        self._estimator = estimator
         self._machine_id = machine_id
         self._watch = watch
         self._approve = approve
@@ -11985,8 +12072,8 @@ class Gateway:
         self._planner.choose(plan, line.stopper)
         quirks = quirks_for(plan)
         if plan.road == "translated":
-            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection)
             wire = self._translated(plan, request, quirks)
+            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection, self._cutter(plan, request))
         else:
             road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
             wire = self._shape(plan, body, inbound, quirks)
@@ -12005,11 +12092,19 @@ class Gateway:
     def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> bytes:
         """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
         request = opened_request(self._recollection.restored(request), plan.origin, plan.upstream_dialect)
+        asked = request.max_tokens
         request = fitted(request, plan.record, plan.upstream_dialect, self._settings()["fillMaxTokens"])
+        plan.cut_at = asked if asked and request.max_tokens and request.max_tokens > asked else None
         flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect)
         body = CODECS[plan.upstream_dialect].encode_request(flat)
         raw = dump_json(body)
         return dump_json(body) if edit_request(body, raw, plan, quirks) else raw
+
+    def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
+        """What ends the text here because Responses cannot be told to."""
+        if plan.upstream_dialect != RESPONSES or not (request.stop or plan.cut_at):
+            return None
+        return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)))
 
     def _send_and_relay(self, plan: Plan, wire: bytes, road: Road, inbound: Inbound, line: ClientLine,
                         exchange: Exchange) -> None:
@@ -12121,15 +12216,15 @@ class TokenCounter:
     """POST /v1/messages/count_tokens: Anthropic's count with a key, else upstream's own, else our estimate."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, upstream: Upstream,
-                 accounts: Accounts, watch: Watch, log: Log) -> None:
+                 accounts: Accounts, watch: Watch, log: Log, estimator: TokenEstimator) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
+        self._estimator = estimator
         self._upstream = upstream
         self._accounts = accounts
         self._watch = watch
         self._log = log
-        self._estimator = TokenEstimator()
         self._paused_until = 0.0  # monotonic: upstream's own counting after a 429
         self._exact = True  # until Anthropic refuses the key
 
@@ -13398,11 +13493,13 @@ def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0,
     watch = Watch(settings, setup.log)
     planner = Planner(settings, models, provider)
     sender = Sender(settings, provider, setup.log, unit_s)
+    estimator = TokenEstimator()
     return App(
         settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
-        provider=provider, models=models, gateway=Gateway(settings, planner, sender, identity.machine_id, watch, ask_operator),
+        provider=provider, models=models,
+        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, ask_operator),
         embeddings=Embeddings(planner, sender, watch),
-        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log),
+        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, estimator),
         ledger=Ledger(settings()["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
         device_page=device_page)
 

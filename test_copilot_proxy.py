@@ -12071,6 +12071,42 @@ class AnyClientAnyModel(RelayCase):
                 self.assertEqual(200, answer.status, answer.text[:400])
 
 
+class CutTexts(unittest.TestCase):
+    """What upstream cannot be told to end is ended by us."""
+
+    def cut(self, pieces: Sequence[str], stops: Sequence[str] = (), most: Optional[int] = None) -> cp.Reply:
+        events = [[cp.ReplyStart("r", "m")], [cp.BlockStart(0, cp.Thinking())], [cp.BlockDelta(0, "END? no")], [cp.BlockStop(0)], [cp.BlockStart(1, cp.Text(""))],
+                  *[[cp.BlockDelta(1, piece)] for piece in pieces], [cp.BlockStop(1)], [cp.BlockStart(2, cp.ToolCall("c", "f", ""))], [cp.BlockStop(2)],
+                  [cp.ReplyStop("tool", cp.Usage(1, 2))]]
+        cutter = cp.TextCutter(most, stops, lambda text: len(text.split()))
+        return cp.collect(cp.lawful(cutter.stream(events), TRACE))
+
+    def test_a_stop_sequence_is_found_however_the_text_is_cut(self):
+        text = "one EN two ENDthree END"
+        for size in range(1, len(text) + 1):
+            reply = self.cut([text[at:at + size] for at in range(0, len(text), size)], ["END", "never"])
+            self.assertEqual(["END? no", "one EN two "], [cp.main_text(block) for block in reply.content])
+            self.assertEqual(("stop", "END", 2), (reply.stop_reason, reply.stop_sequence, reply.usage.output))
+
+    def test_the_first_of_several_wins_and_none_loses_nothing(self):
+        self.assertEqual("a", self.cut(["a b", "c d"], ["d", " b"]).content[1].text)
+        reply = self.cut(["EN", "E", "EN"], ["END"])
+        self.assertEqual(("ENEEN", "tool", 3), (reply.content[1].text, reply.stop_reason, len(reply.content)))
+
+    def test_a_limit_cuts_between_words(self):
+        for pieces in (["a b c d"], ["a ", "b ", "c ", "d"]):
+            self.assertEqual(("a b ", "length"), (lambda reply: (reply.content[1].text, reply.stop_reason))(self.cut(pieces, most=2)))
+        self.assertEqual(("a b", "tool"), (lambda reply: (reply.content[1].text, reply.stop_reason))(self.cut(["a ", "b"], most=2)))
+
+    def test_towards_responses_the_limit_is_raised_while_it_reasons(self):
+        record = {"capabilities": {"limits": {"max_output_tokens": 64000}, "supports": {"reasoning_effort": ["none", "low", "high"]}}}
+        for reasoning, asked, sent in ((None, 100, 12800), (cp.Reasoning(effort="none"), 100, 100), (cp.Reasoning(mode="off"), 100, 100), (cp.Reasoning(effort="low"), 100, 12800),
+                                       (None, 20000, 20000), (None, None, None), (None, 99999, 64000)):
+            request = cp.Request("m", [], reasoning=reasoning, max_tokens=asked)
+            self.assertEqual(sent, cp.fitted(request, record, cp.RESPONSES, False).max_tokens, (reasoning, asked))
+        self.assertEqual(100, cp.fitted(cp.Request("m", [], max_tokens=100), record, cp.CHAT, False).max_tokens)
+
+
 class AnyClientDemo(unittest.TestCase):
     """The demo behind the same doors: three turns of clients that only store what they were given."""
 
@@ -12146,6 +12182,23 @@ class AnyClientDemo(unittest.TestCase):
             answer = self.ask("POST", *client.ask())
             self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)), answer.text)
             self.assertIn("too busy", answer.text)
+
+    def test_what_responses_cannot_be_told_is_done_here(self):
+        for stream in (False, True):
+            for dialect, body in ((cp.CHAT, {"stop": ["w7"], "max_tokens": 900}), (cp.MESSAGES, {"stop_sequences": ["w7"], "max_tokens": 900})):
+                path, asked = asking(dialect, model="demo-responses", stream=stream, messages=[{"role": "user", "content": "[[long:100]]"}], **body)
+                reply = self.read(dialect, stream, self.ask("POST", path, asked))
+                self.assertEqual("w0 w1 w2 w3 w4 w5 w6 ", reply.content[0].text)
+                self.assertEqual("stop" if dialect == cp.MESSAGES else "end", reply.stop_reason)
+            path, asked = asking(cp.MESSAGES, model="demo-responses", stream=stream, max_tokens=10, messages=[{"role": "user", "content": "[[long:100]]"}])
+            reply = self.read(cp.MESSAGES, stream, self.ask("POST", path, asked))
+            self.assertEqual("length", reply.stop_reason)
+            self.assertTrue("w0 w1 w2 w3 w4 w5 w6 w7 w8 w9".startswith(reply.content[0].text.strip()) and reply.content[0].text, reply.content)
+
+    @staticmethod
+    def read(dialect: str, stream: bool, answer: Reply) -> cp.Reply:
+        codec = cp.CODECS[dialect]
+        return cp.collect(codec.decode_stream([cp.parse_frames(answer.body)])) if stream else codec.decode_reply(answer.json)
 
     def test_nothing_of_the_demo_meets_the_files_of_the_account(self):
         self.assertFalse(os.path.exists(self.gateway.setup.paths.models))
