@@ -1785,52 +1785,65 @@ def unseal(text: str) -> Optional[Json]:
     return load_object(raw[len(CARRIER):].decode("utf-8", "replace")) if raw.startswith(CARRIER.encode()) else None
 
 
-def sealed(block: Block, origin: str, client: str, upstream: str) -> Block:
-    """A block of an answer with its state in the form this client may keep."""
-    seeds = client == MESSAGES and upstream == RESPONSES
-    if isinstance(block, Thinking) and block.signature:
-        state = f"{block.signature}@{block.id or ''}" if seeds else seal("thinking", origin, block.signature, block.id, block.text)
-        return replace(block, signature=state, text=block.text or PLACEHOLDER if seeds else block.text)
-    if isinstance(block, Thinking) and block.redacted:
-        return replace(block, redacted=seal("redacted", origin, block.redacted, block.id))
-    if isinstance(block, Compaction) and block.sealed:
-        if seeds:
-            return Thinking(PLACEHOLDER, signature=f"{SEED_COMPACTION}{block.sealed}@{block.id or ''}")
-        return replace(block, sealed=seal("compaction", origin, block.sealed, block.id))
-    return replace(block, seal=seal("seal", origin, block.seal)) if getattr(block, "seal", None) else block
+@dataclass
+class Carriage:
+    """How one exchange's state travels: whose it is, who keeps it, who made it.
 
+    `hidden`: the client asked for thinking without its text (`display: "omitted"`); the text travels in the carrier.
+    """
 
-def carry(batches: Iterable[List[Event]], origin: str, client: str, upstream: str) -> Iterator[List[Event]]:
-    """The stream with every signature and sealed state in a carrier; final forms only say what deltas did not."""
-    thinking: Dict[int, List[str]] = {}
-    for events in batches:
-        carried: List[Event] = []
-        for event in events:
-            kind = type(event)
-            if kind is BlockDelta:
-                if event.index in thinking:
-                    thinking[event.index].append(event.text)
-            elif kind is BlockStart:
-                if isinstance(event.block, Thinking):
-                    thinking[event.index] = [event.block.text]
-                event = BlockStart(event.index, sealed(event.block, origin, client, upstream))
-            elif kind is BlockStop and event.block is not None:
-                said = "".join(thinking.pop(event.index, []))
-                final = event.block
-                if isinstance(final, Thinking):
-                    final = sealed(replace(final, text=final.text or said), origin, client, upstream)
-                    if not said and final.text:
-                        carried.append(BlockDelta(event.index, final.text))
-                else:
-                    final = sealed(final, origin, client, upstream)
-                event = BlockStop(event.index, final)
-            carried.append(event)
-        yield carried
+    origin: str
+    client: str
+    upstream: str
+    hidden: bool = False
 
+    def sealed(self, block: Block) -> Block:
+        """A block of an answer with its state in the form this client may keep."""
+        seeds = self.client == MESSAGES and self.upstream == RESPONSES and not self.hidden
+        if isinstance(block, Thinking) and block.signature:
+            state = f"{block.signature}@{block.id or ''}" if seeds else seal("thinking", self.origin, block.signature, block.id, block.text)
+            return replace(block, signature=state, text="" if self.hidden else block.text or PLACEHOLDER if seeds else block.text)
+        if isinstance(block, Thinking) and block.redacted:
+            return replace(block, redacted=seal("redacted", self.origin, block.redacted, block.id))
+        if isinstance(block, Thinking):
+            return replace(block, text="") if self.hidden else block
+        if isinstance(block, Compaction) and block.sealed:
+            if seeds:
+                return Thinking(PLACEHOLDER, signature=f"{SEED_COMPACTION}{block.sealed}@{block.id or ''}")
+            return replace(block, sealed=seal("compaction", self.origin, block.sealed, block.id))
+        return replace(block, seal=seal("seal", self.origin, block.seal)) if getattr(block, "seal", None) else block
 
-def carried_reply(reply: Reply, origin: str, client: str, upstream: str) -> Reply:
-    """A whole answer with its state in carriers."""
-    return replace(reply, content=[sealed(block, origin, client, upstream) for block in reply.content])
+    def stream(self, batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
+        """The stream with every signature and sealed state in a carrier; final forms only say what deltas did not."""
+        thinking: Dict[int, List[str]] = {}
+        for events in batches:
+            carried: List[Event] = []
+            for event in events:
+                kind = type(event)
+                if kind is BlockDelta:
+                    if event.index in thinking:
+                        thinking[event.index].append(event.text)
+                        if self.hidden:
+                            event = Pulse()
+                elif kind is BlockStart:
+                    if isinstance(event.block, Thinking):
+                        thinking[event.index] = [event.block.text]
+                    event = BlockStart(event.index, self.sealed(event.block))
+                elif kind is BlockStop:
+                    said = "".join(thinking.pop(event.index, []))
+                    if isinstance(event.block, Thinking):
+                        final = self.sealed(replace(event.block, text=event.block.text or said))
+                        if not said and final.text:
+                            carried.append(BlockDelta(event.index, final.text))
+                        event = BlockStop(event.index, final)
+                    elif event.block is not None:
+                        event = BlockStop(event.index, self.sealed(event.block))
+                carried.append(event)
+            yield carried
+
+    def reply(self, reply: Reply) -> Reply:
+        """A whole answer with its state in carriers."""
+        return replace(reply, content=[self.sealed(block) for block in reply.content])
 
 
 def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
@@ -7543,6 +7556,8 @@ def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str) ->
         return replace(asked, effort=effort, budget=None if effort else asked.budget)
     if asked.mode is None and not effort and not asked.budget:
         return None
+    if asked.visible is False:
+        asked = replace(asked, visible=True)  # its silence would trip idle limits; what the client does not want is hidden here
     if adaptive:
         return replace(asked, mode="adaptive", effort=effort, budget=None)
     least = model_capability(record, "supports", "min_thinking_budget") or 1024
@@ -10703,7 +10718,7 @@ DEMO_SUMMARIES = re.compile(r"create a detailed summary of (?:the|our|this) conv
                             r"|summari[sz]e (?:the|this|our) conversation|create a (?:new )?(?:anchored )?summary"
                             r"|provide a detailed prompt for continuing|handoff summary", re.I)
 DEMO_SUMMARY_SYSTEM = 8000  # characters; a longer system prompt speaks of more than a summary
-DEMO_CONTEXT = re.compile(r"<([a-z_-]*reminder|environment_context|context)[^>]*>.*?</\1>", re.S | re.I)  # a client's, not a prompt
+DEMO_CONTEXT = re.compile(r"<([a-z_-]*(?:reminder|notification)|environment_context|context)[^>]*>.*?</\1>", re.S | re.I)  # a client's, not a prompt
 
 
 @dataclass
@@ -11888,6 +11903,8 @@ class TranslatedRoad(Road):
         super().__init__(plan, inbound, line, exchange, watch)
         self._asked = request
         self._cutter = cutter  # one for each try
+        hidden = plan.dialect == MESSAGES and request.reasoning is not None and request.reasoning.visible is False
+        self._carriage = Carriage(plan.origin, plan.dialect, plan.upstream_dialect, hidden)
         self._recollection = recollection
         self._client, self._upstream = CODECS[plan.dialect], CODECS[plan.upstream_dialect]
         self._framing: Callable[[Iterable[Frame]], bytes] = format_frames
@@ -11908,7 +11925,7 @@ class TranslatedRoad(Road):
         plan, exchange = self.plan, self.exchange
         restored = restore_names(decoded, plan.names)
         events = lawful(self._cutter().stream(restored) if self._cutter else restored, exchange.trace_id)
-        tally = Tally(self, batches, carry(events, plan.origin, plan.dialect, plan.upstream_dialect))
+        tally = Tally(self, batches, self._carriage.stream(events))
         last = b""
         try:
             for frames in self._client.encode_stream(iter(tally), self._asked):
@@ -11935,7 +11952,7 @@ class TranslatedRoad(Road):
         reply = restore_reply(self._upstream.decode_reply(good_object(answer, read_whole(answer))), plan.names)
         if self._cutter:
             reply = collect(lawful(self._cutter().stream([replay(reply)]), self.exchange.trace_id))
-        reply = carried_reply(reply, plan.origin, plan.dialect, plan.upstream_dialect)
+        reply = self._carriage.reply(reply)
         reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id))
         if plan.dialect == CHAT:
             thinking = [block for block in reply.content if isinstance(block, Thinking) and block.signature]

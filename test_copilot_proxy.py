@@ -12183,6 +12183,19 @@ class AnyClientDemo(unittest.TestCase):
             self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)), answer.text)
             self.assertIn("too busy", answer.text)
 
+    def test_omitted_thinking_is_hidden_and_comes_back_whole(self):
+        for model, stream in itertools.product(("demo-chat", "demo-responses"), (False, True)):
+            with self.subTest(model=model, stream=stream):
+                client = StoringClient(cp.MESSAGES, model, stream)
+                client.say('[[think:deep]] [[call:get_weather {"city":"Paris"}]] [[say:thoughts=%thoughts%]]')
+                path, body = client.ask()
+                answer = self.ask("POST", path, {**body, "thinking": {"type": "adaptive", "display": "omitted"}})
+                self.assertNotIn("deep", answer.text)
+                turn = client.take(answer)
+                self.assertEqual("deep", cp.unseal(turn.content[0].signature)["t"])
+                client.answer_calls(turn, "sunny")
+                self.assertIn("thoughts=1", client.take(self.ask("POST", *client.ask())).content[-1].text)
+
     def test_what_responses_cannot_be_told_is_done_here(self):
         for stream in (False, True):
             for dialect, body in ((cp.CHAT, {"stop": ["w7"], "max_tokens": 900}), (cp.MESSAGES, {"stop_sequences": ["w7"], "max_tokens": 900})):
