@@ -12836,7 +12836,10 @@ class AnthropicSdkTest(SdkCase):
 
 BENCH_ROUNDS = 3
 EVENT_STAMP = re.compile(rb"@(\d{20})")
-BENCH_MODELS = {"full": 0, "paced-50": 50, "paced-100": 100}  # model -> events per second of its streams, 0: as fast as it goes
+BENCH_CLIENTS = {"Chat": CHAT_PATH, "Responses": RESPONSES_PATH, "Messages": MESSAGES_PATH, "Gemini": GEMINI_STREAM_PATH}
+BENCH_ONLY = {CHAT_PATH: "only-chat", RESPONSES_PATH: "only-responses", MESSAGES_PATH: "only-messages"}  # models of one dialect
+# model -> events per second of its streams, 0: as fast as it goes
+BENCH_MODELS = {"full": 0, "paced-50": 50, "paced-100": 100, **dict.fromkeys(BENCH_ONLY.values(), 0)}
 CHAT_ID = "chatcmpl-BhyjslTwN48eOEj3LT3jsieMDRgRl"
 CHAT_EVENT = dumps({"choices": [{"content_filter_results": {}, "delta": {"content": " word @%s"}, "finish_reason": None, "index": 0, "logprobs": None}],
                     "created": 1749821284, "id": CHAT_ID, "model": "gpt-4o-mini-2024-07-18",
@@ -12878,7 +12881,8 @@ BAKED = {
         dumps({**MESSAGE_SHELL, "content": [{"type": "text", "text": "word"}], "usage": {"input_tokens": 9, "output_tokens": 9}}).encode()),
 }
 BLOCK_EVENTS = 500
-CLIENT_PATHS = {CHAT_PATH: "/v1/chat/completions", RESPONSES_PATH: "/v1/responses", MESSAGES_PATH: "/v1/messages"}
+CLIENT_PATHS = {CHAT_PATH: "/v1/chat/completions", RESPONSES_PATH: "/v1/responses", MESSAGES_PATH: "/v1/messages",
+                GEMINI_STREAM_PATH: GEMINI_STREAM_PATH}
 
 
 def chunk(data: bytes) -> bytes:
@@ -12933,14 +12937,17 @@ class FastUpstream:
             self.send_whole(sock, dumps(self.document(path)).encode())
             return
         body = json.loads(raw_body)
-        if body.get("stream"):
+        if BENCH_ONLY[path] != body["model"] in BENCH_ONLY.values():
+            self.send_whole(sock, b'{"error":{"message":"the model does not speak this dialect"}}', b"400 Bad Request")
+        elif body.get("stream"):
             self.send_stream(sock, path, body.get("max_tokens") or body.get("max_output_tokens"), BENCH_MODELS[body["model"]])
         else:
             self.send_whole(sock, BAKED[path].whole)
 
     def document(self, path: str) -> Json:
         if path == "/models":
-            rows = [(name, "OpenAI", [*BAKED], 1000000, 900000, 100000, 0, {}) for name in BENCH_MODELS]
+            served = {model: [path] for path, model in BENCH_ONLY.items()}
+            rows = [(name, "OpenAI", served.get(name, [*BAKED]), 1000000, 900000, 500000, 0, {}) for name in BENCH_MODELS]
             return {"data": [model_record(row) for row in rows], "object": "list"}
         if path == "/copilot_internal/v2/token":
             expires = int(time.time()) + 86400
@@ -12948,8 +12955,8 @@ class FastUpstream:
         return {"login": "bench"}
 
     @staticmethod
-    def send_whole(sock: socket.socket, body: bytes) -> None:
-        sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    def send_whole(sock: socket.socket, body: bytes, status: bytes = b"200 OK") -> None:
+        sock.sendall(b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
 
     def send_stream(self, sock: socket.socket, path: str, events: int, per_second: int) -> None:
         head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(BAKED[path].head)
@@ -13137,8 +13144,11 @@ def request_bytes(subject: Subject, path: str, model: str, events: int) -> bytes
     length = {RESPONSES_PATH: "max_output_tokens"}.get(path, "max_tokens")
     said = {"input": "hi"} if path == RESPONSES_PATH else {"messages": [{"role": "user", "content": "hi"}]}
     extra = {"stream_options": {"include_usage": True}} if path == CHAT_PATH and events else {}
-    body = dumps({"model": model, **said, length: events or 100, **({"stream": True} if events else {}), **extra}).encode()
-    where = CLIENT_PATHS[path] if subject.prefix else path
+    asked = {"model": model, **said, length: events or 100, **({"stream": True} if events else {}), **extra}
+    if path == GEMINI_STREAM_PATH:
+        asked = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}], "generationConfig": {"maxOutputTokens": events}}
+    body = dumps(asked).encode()
+    where = CLIENT_PATHS[path].format(model) if subject.prefix else path
     lines = [f"POST {where} HTTP/1.1", "Host: 127.0.0.1", "User-Agent: bench/1", "Accept: */*", "Authorization: Bearer any",
              "anthropic-version: 2023-06-01", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -13261,22 +13271,75 @@ def first_event_ms(bench: Bench, subject: Subject) -> Optional[float]:
     return through - direct
 
 
-def full_speed_us(path: str, streams: int) -> Callable[[Bench, Subject], Optional[float]]:
+def full_speed_us(path: str, streams: int, model: str = "full") -> Callable[[Bench, Subject], Optional[float]]:
     """Microseconds of the subject's CPU per event of streams that come as fast as they go."""
     def measure(bench: Bench, subject: Subject) -> Optional[float]:
         if not subject.pid:
             return None
         events = (40_000 if bench.quick else 200_000) // streams
-        request = request_bytes(subject, path, "full", events)
+        request, small = request_bytes(subject, path, model, events), request_bytes(subject, path, model, 10)
+        if model != "full" and not talk(subject, small).startswith(b"HTTP/1.1 200"):
+            if subject.name == "gateway":
+                raise AssertionError("the gateway refused")
+            return None  # nginx translates nothing, a peer not every pair
 
         def stream_once() -> None:
             answer = talk(subject, request)
-            if answer.count(b" word @") < 0.99 * events:  # a chunk boundary may cut the mark
+            if answer.count(b"data: ") < 0.99 * events or b" word @" not in answer:  # a chunk boundary may cut the mark
                 raise AssertionError(f"{subject.name} lost events")
-        in_parallel(streams, lambda: talk(subject, request_bytes(subject, path, "full", 10)) and None)
+        in_parallel(streams, lambda: talk(subject, small) and None)
         before = cpu_s(subject.pid)
         in_parallel(streams, stream_once)
         return (cpu_s(subject.pid) - before) / (events * streams) * 1e6
+    return measure
+
+
+CODE_LINE = '    "{0}": self.read({0}, kind="{1}"),  # as \u201e{1}\u201c says; see page {0} of the manual, and \\n below it\n'
+
+
+def agent_request(characters: int = 800_000) -> cp.Request:
+    """What a coding agent sends late in its work: 24 tools, and turns of a thought, words, two calls and their long results."""
+    rng = random.Random(4)
+    words = ["read", "write", "the", "parser", "because", "of", "a", "missing", "branch", "für", "test", "fails", "then", "line", "file"]
+
+    def prose(count: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(count)).capitalize() + ".\n"
+
+    def code(lines: int) -> str:
+        return "".join(CODE_LINE.format(rng.randrange(9999), rng.choice(words)) for _ in range(lines))
+    schema = {"type": "object", "required": ["path"], "additionalProperties": False, "properties": {
+        name: {"type": "string", "description": prose(12)} for name in ("path", "old_text", "new_text", "reason")}}
+    tools = [cp.Tool(f"tool_{number}", prose(80), schema) for number in range(24)]
+    messages = [cp.Message("system", [cp.Text(prose(2000))]), cp.Message("user", [cp.Text(prose(100))])]
+    length, turn = 0, 0
+    while length < characters:
+        turn += 1
+        thought = prose(60)
+        calls = [cp.ToolCall(f"call_{turn}_{number}", f"tool_{number}", dumps({"path": f"src/{turn}.py", "new_text": code(6)})) for number in (0, 1)]
+        results = [cp.ToolResult(call.id, [cp.Text(code(rng.randrange(2, 60)))]) for call in calls]
+        seal = cp.seal("thinking", BENCH_ORIGIN, "A1b2" * 80, f"rs_{turn}", thought)
+        messages += [cp.Message("assistant", [cp.Thinking(thought, seal, id=f"rs_{turn}"), cp.Text(prose(30)), *calls]), cp.Message("user", list(results))]
+        length += sum(len(call.arguments) for call in calls) + sum(len(result.content[0].text) for result in results) + 700
+    return cp.Request("only", messages, tools, max_tokens=8000, stream=True, reasoning=cp.Reasoning(mode="on", budget=4000, visible=True))
+
+
+BENCH_ORIGIN = cp.origin_of("copilot", "bench", "only")
+
+
+def request_ms(client: str, upstream: str) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds that a request of 200,000 tokens takes from the client's bytes to upstream's, in this process."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        raw = cp.dump_json(cp.CODECS[client].encode_request(agent_request()))
+
+        def once() -> float:
+            begun = time.process_time()
+            asked = cp.opened_request(cp.CODECS[client].decode_request(cp.parse_json(raw)), BENCH_ORIGIN, upstream)
+            sent = cp.dump_json(cp.CODECS[upstream].encode_request(cp.flatten(asked, cp.Names(), upstream)))
+            taken = time.process_time() - begun
+            if not 0.7 < len(sent) / len(raw) < 1.4:
+                raise AssertionError(f"{len(raw)} bytes became {len(sent)}")
+            return taken * 1000
+        return statistics.median(once() for _ in range(5 if bench.quick else 25))
     return measure
 
 
@@ -13357,6 +13420,9 @@ class Measure(NamedTuple):
     run: Callable[[Bench, Subject], Optional[float]]
 
 
+BENCH_DIALECTS = {"Chat": cp.CHAT, "Responses": cp.RESPONSES, "Messages": cp.MESSAGES, "Gemini": cp.GEMINI}
+BENCH_PAIRS = [(client, upstream) for client in BENCH_CLIENTS for upstream in ("Chat", "Responses", "Messages") if client != upstream]
+PAIR_TARGETS = {("Messages", "Chat"): 9, ("Messages", "Responses"): 8}
 MEASURES = list(itertools.starmap(Measure, [
     # name                                       unit  target ratio compared run
     ("start of a bare interpreter",              "ms",  None, None, False, bare_start_ms),
@@ -13377,6 +13443,10 @@ MEASURES = list(itertools.starmap(Measure, [
     ("32 streams of 100 events/s, CPU",          "us",  None,  2.2, True,  paced_us(32, 100)),
     ("32 streams of 100 events/s, p99",          "ms",    5,  None, True,  paced_p99_ms(32, 100)),
     ("200 streams of 50 events/s, p99",          "ms",   20,  None, True,  paced_p99_ms(200, 50)),
+    *[(f"{client} client -> {upstream}, CPU per delta", "us", PAIR_TARGETS.get((client, upstream), 10), None, True,
+       full_speed_us(BENCH_CLIENTS[client], 1, BENCH_ONLY[BENCH_CLIENTS[upstream]])) for client, upstream in BENCH_PAIRS],
+    *[(f"{client} client -> {upstream}, 200k request", "ms", 20, None, False,
+       request_ms(BENCH_DIALECTS[client], BENCH_DIALECTS[upstream])) for client, upstream in BENCH_PAIRS],
 ]))
 
 
