@@ -1633,6 +1633,28 @@ def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event
     yield ending + [BlockStop(index) for index in sorted(open_blocks)] + [Fault(CUT)]
 
 
+RUNAWAY = 20  # line breaks and tabs in a row inside a call's arguments
+
+
+def guarded(batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
+    """The stream, ended by a Fault where a call's arguments run away in line breaks and tabs, which models do
+    (gateway-features 8.8): blanks neither count nor reset."""
+    runs: Dict[int, int] = {}
+    for events in batches:
+        for at, event in enumerate(events):
+            kind = type(event)
+            if kind is BlockStart and isinstance(event.block, ToolCall):
+                runs[event.index] = 0
+            elif kind is BlockDelta and event.index in runs:
+                for part in re.split(r"([\r\n\t ]+)", event.text):
+                    runs[event.index] = 0 if part.strip() else runs[event.index] + len(part) - part.count(" ")
+                    if runs[event.index] > RUNAWAY:
+                        failure = Failure("model", "request", 502, "the model filled a tool call with endless white space")
+                        yield [*events[:at], Fault(failure)]
+                        return
+        yield events
+
+
 def sequence(batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
     """The stream with one block open at a time, numbered 0, 1, 2 …: for dialects that know no interleaving.
 
@@ -1955,7 +1977,8 @@ def flatten(request: Request, names: Names, dialect: str) -> Request:
         kept = NAMESPACE in powers
         choice = ToolChoice("tool", flat_name(choice.name, choice.namespace, choice.kind, names, powers),
                             choice.namespace if kept else None, choice.kind if choice.kind in powers else "function")
-    messages = [replace(message, content=[flat_block(block, names, powers) for block in message.content])
+    kinds = {block.id: block.kind for message in request.messages for block in message.content if isinstance(block, ToolCall)}
+    messages = [replace(message, content=[flat_block(of_its_call(block, kinds), names, powers) for block in message.content])
                 for message in request.messages]
     return replace(request, tools=tools, tool_choice=choice if tools or choice is None or choice.mode != "tool" else None,
                    messages=messages)
@@ -1979,6 +2002,12 @@ def flat_tool(tool: Tool, names: Names, powers: Any) -> Tool:
         note = f"\n\nThe input must follow this grammar:\n{tool.grammar.get('definition')}" if isinstance(tool.grammar, dict) and tool.grammar.get("definition") else ""
         return replace(flat, kind="function", schema=CUSTOM_SCHEMA, description=(tool.description or "") + note, grammar=None)
     return replace(flat, kind="function", schema=tool.schema or SEARCH_SCHEMA)
+
+
+def of_its_call(block: Block, kinds: Dict[str, str]) -> Block:
+    """A result with the kind of its call, which Chat and Messages do not say."""
+    known = isinstance(block, ToolResult) and kinds.get(block.call_id, block.kind)
+    return replace(block, kind=known) if known and known != block.kind else block
 
 
 def flat_block(block: Block, names: Names, powers: Any) -> Block:
@@ -7528,10 +7557,10 @@ def fitted(request: Request, record: Optional[Json], upstream: str, fill: bool) 
         return request
     limit = model_limit(record, "max_output_tokens")
     tokens = request.max_tokens if request.max_tokens is not None or not (fill or upstream == MESSAGES) else limit
-    reasoning = fitted_reasoning(request.reasoning, record, upstream)
-    if upstream == RESPONSES and tokens and is_reasoning(reasoning, record):
-        tokens = max(tokens, REASONING_OUTPUT)
     tokens = min(tokens, limit) if tokens and limit else tokens
+    reasoning = fitted_reasoning(request.reasoning, record, upstream, tokens)
+    if upstream == RESPONSES and tokens and is_reasoning(reasoning, record):
+        tokens = max(tokens, min(REASONING_OUTPUT, limit or REASONING_OUTPUT))
     return replace(request, max_tokens=tokens, reasoning=reasoning)
 
 
@@ -7542,27 +7571,59 @@ def is_reasoning(asked: Optional[Reasoning], record: Json) -> bool:
     return bool(model_capability(record, "supports", "reasoning_effort"))
 
 
-def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str) -> Optional[Reasoning]:
-    """Thinking as the model can: adaptive where it is, a budget within its bounds, an effort of its list; None for a
-    model that does not think."""
+def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str, tokens: Optional[int] = None) -> Optional[Reasoning]:
+    """Thinking as the model can: adaptive where it is, a budget within its bounds (and the `tokens` of the answer), an effort
+    of its list; None for a model that does not think."""
     efforts = model_capability(record, "supports", "reasoning_effort")
+    efforts = efforts if isinstance(efforts, list) else []
     adaptive = model_capability(record, "supports", "adaptive_thinking") is True
     most = model_capability(record, "supports", "max_thinking_budget")
     if asked is None or not efforts and not adaptive and not most:
         return None
-    effort = asked.effort or (effort_of_budget(asked.budget) if asked.budget and asked.budget > 0 else None)
-    effort = clamped_effort(effort, efforts) if isinstance(efforts, list) and efforts and effort else (effort if adaptive else None)
-    if upstream != MESSAGES or asked.mode == "off":
-        return replace(asked, effort=effort, budget=None if effort else asked.budget)
-    if asked.mode is None and not effort and not asked.budget:
-        return None
-    if asked.visible is False:
-        asked = replace(asked, visible=True)  # its silence would trip idle limits; what the client does not want is hidden here
-    if adaptive:
-        return replace(asked, mode="adaptive", effort=effort, budget=None)
+    stated = asked.budget if asked.budget and asked.budget > 0 else None
+    effort = asked.effort or (effort_of_budget(stated) if stated else None)
+    effort = clamped_effort(effort, efforts) if efforts and effort else (effort if adaptive else None)
     least = model_capability(record, "supports", "min_thinking_budget") or 1024
-    budget = asked.budget if asked.budget and asked.budget > 0 else budget_of_effort(asked.effort or "medium")
-    return replace(asked, mode="on", effort=None, budget=max(least, min(budget, most or budget)))
+    if upstream != MESSAGES:
+        if asked.mode == "off":  # `none` is an effort like any other: only what the model lists can be said
+            return Reasoning(effort=clamped_effort("none", efforts)) if efforts else None
+        limit = min(most or 0, (model_limit(record, "max_output_tokens") or most or 0) - 1)
+        return replace(asked, effort=effort, budget=max(least, min(stated, limit)) if stated and not effort and limit > 0 else None)
+    if asked.mode == "off":
+        return replace(asked, effort=effort, budget=None if effort else asked.budget)
+    if asked.mode is None and not stated and asked.effort in (None, "none") and not effort:
+        return None
+    if adaptive:
+        return replace(asked, mode="adaptive", effort=effort, budget=None, visible=True)
+    budget = stated or budget_of_effort(asked.effort or "medium")
+    if not stated and tokens and budget >= tokens:
+        budget = tokens // 2  # half is left to the answer
+    return replace(asked, mode="on", effort=None, budget=max(least, min(budget, most or budget)), visible=None)
+
+
+def phased(request: Request) -> Request:
+    """The request with a phase on what the model said: commentary beside a call, else the final answer (gateway-features 8.2)."""
+    messages = []
+    for message in request.messages:
+        usual = "commentary" if any(isinstance(block, ToolCall) for block in message.content) else "final_answer"
+        content = [replace(block, phase=block.phase or usual) if isinstance(block, Text) else block for block in message.content]
+        messages.append(replace(message, content=content) if message.role == "assistant" else message)
+    return replace(request, messages=messages)
+
+
+PDF_NOTE = "[{}: PDF is not supported by this upstream; use text extracted from it.]"
+
+
+def without_pdfs(blocks: Sequence[Block]) -> List[Block]:
+    """The blocks with a note in place of every PDF: Copilot's chat takes none (F-097)."""
+    kept: List[Block] = []
+    for block in blocks:
+        if isinstance(block, ToolResult):
+            block = replace(block, content=without_pdfs(block.content))
+        elif isinstance(block, File) and block.text is None and block.file_id is None and (block.media_type or "application/pdf") == "application/pdf":
+            block = Text(PDF_NOTE.format(block.name or "document.pdf"))
+        kept.append(block)
+    return kept
 
 
 def clamped_effort(effort: str, efforts: Sequence[str]) -> str:
@@ -7571,7 +7632,7 @@ def clamped_effort(effort: str, efforts: Sequence[str]) -> str:
         return effort
     if effort == "xhigh" and "max" in efforts:
         return "max"
-    rank = EFFORTS.index(effort) if effort in EFFORTS else EFFORTS.index("medium")
+    rank = EFFORTS.index(effort) if effort in EFFORTS else len(EFFORTS) if effort == "ultra" else EFFORTS.index("medium")
     known = [listed for listed in EFFORTS if listed in efforts]
     lower = [listed for listed in known if EFFORTS.index(listed) <= rank]
     return (lower or known[:1] or [effort])[-1]
@@ -7605,7 +7666,7 @@ def kindred(name: str, catalogue: Catalogue, small: str) -> Optional[str]:
     family = family_of(name)
     chats = [record["id"] for record in catalogue.offered() if model_capability(record, "type") in (None, "chat")]
     kin = [known for known in chats if family_of(known) == family]
-    if not family or not kin and family not in TIERS:
+    if not family or not kin and family not in TIERS and not re.search(r"\d", name):
         return None
     asked = tier_of(name, family)
     fitting = [known for known in kin if tier_of(known, family) >= asked]
@@ -8460,17 +8521,23 @@ def broken_config(path: str, text: str, exc: json.JSONDecodeError) -> str:
 # ---- memory -----------------------------------------------------------------
 
 
+def state_digest(state: str) -> str:
+    """A short name of a sealed state."""
+    return hashlib.sha256(state.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 class Recollection:
     """What clients that keep only text and tool-call ids cannot carry: call id -> the thinking that led to it, sealed.
 
     Least recently used entries go first beyond the limit; lost at a restart, as the reference allows (DESIGN 4).
     """
 
-    LIMIT_BYTES = 32 << 20
+    LIMIT_BYTES, ORIGINS = 32 << 20, 10_000
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: Dict[str, Tuple[Thinking, ...]] = {}  # in order of use; guarded by _lock
+        self._origins: Dict[str, str] = {}  # digest of a state in one of the seeds' shapes -> origin; guarded by _lock
         self._size = 0  # guarded by _lock
 
     def keep(self, call_ids: Sequence[str], thinking: Sequence[Thinking]) -> None:
@@ -8484,12 +8551,28 @@ class Recollection:
             while self._size > self.LIMIT_BYTES:
                 self._drop(next(iter(self._kept)))
 
+    def note(self, thinking: Iterable[Thinking], origin: str) -> None:
+        """Remembers who sealed what the seeds' shapes carry: they do not say it themselves (DESIGN 4)."""
+        states = [block.signature for block in thinking if block.signature and "@" in block.signature]
+        with self._lock:
+            for state in states:
+                self._origins[state_digest(state)] = origin
+            while len(self._origins) > self.ORIGINS:
+                del self._origins[next(iter(self._origins))]
+
+    def owned(self, request: Request, origin: str) -> Request:
+        """The request without such state of another origin; of unknown origin it is tried."""
+        def stays(block: Block) -> bool:
+            return not isinstance(block, Thinking) or "@" not in (block.signature or "") \
+                or self._origins.get(state_digest(block.signature), origin) == origin
+        return replace(request, messages=[replace(message, content=list(filter(stays, message.content))) for message in request.messages])
+
     def _drop(self, call_id: str) -> None:
         self._size -= self._weight(self._kept.pop(call_id, ()))
 
     @staticmethod
     def _weight(thinking: Sequence[Thinking]) -> int:
-        return sum(len(block.text) + len(block.signature or "") + 200 for block in thinking)
+        return sum(len(block.text) + len(block.signature or block.redacted or "") + 200 for block in thinking)
 
     def restored(self, request: Request) -> Request:
         """The request with what is remembered put before the calls it led to, where the client sent none of it."""
@@ -8497,7 +8580,7 @@ class Recollection:
                                           if message.role == "assistant" else message for message in request.messages])
 
     def _with_thinking(self, blocks: List[Block]) -> List[Block]:
-        if any(isinstance(block, Thinking) and block.signature or getattr(block, "seal", None) for block in blocks):
+        if any(isinstance(block, Thinking) and (block.signature or block.redacted) or getattr(block, "seal", None) for block in blocks):
             return blocks
         filled: List[Block] = []
         for block in blocks:
@@ -11923,7 +12006,7 @@ class TranslatedRoad(Road):
 
     def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches) -> None:
         plan, exchange = self.plan, self.exchange
-        restored = restore_names(decoded, plan.names)
+        restored = restore_names(guarded(decoded), plan.names)
         events = lawful(self._cutter().stream(restored) if self._cutter else restored, exchange.trace_id)
         tally = Tally(self, batches, self._carriage.stream(events))
         last = b""
@@ -11936,7 +12019,8 @@ class TranslatedRoad(Road):
                     self.relay(answer, data)
         finally:
             exchange.usage, exchange.served_model, exchange.stop_reason = tally.usage, tally.model, tally.stop_reason
-        self._recollection.keep(tally.calls, tally.thinking)
+        self._recollection.keep(tally.calls if plan.dialect == CHAT else (), tally.thinking)
+        self._recollection.note(tally.thinking, plan.origin)
         if isinstance(self._framing, JsonArray):
             last += self._framing.close()
         self.finish(answer, last, tally.failure)
@@ -11953,9 +12037,11 @@ class TranslatedRoad(Road):
         if self._cutter:
             reply = collect(lawful(self._cutter().stream([replay(reply)]), self.exchange.trace_id))
         reply = self._carriage.reply(reply)
-        reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id))
+        reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id), model=reply.model or plan.model,
+                        created_at=reply.created_at or self.exchange.started_ms // 1000)
+        thinking = [block for block in reply.content if isinstance(block, Thinking) and (block.signature or block.redacted)]
+        self._recollection.note(thinking, plan.origin)
         if plan.dialect == CHAT:
-            thinking = [block for block in reply.content if isinstance(block, Thinking) and block.signature]
             self._recollection.keep([block.id for block in reply.content if isinstance(block, ToolCall)], thinking)
         body = dump_json(self._client.encode_reply(reply, self._asked))
         self.send_whole(answer, body, reply.usage, reply.model, reply.stop_reason)
@@ -12010,7 +12096,7 @@ class Tally:
         self.thinking: List[Thinking] = []
 
     def __iter__(self) -> Iterator[List[Event]]:
-        forgetful = self._road.plan.dialect == CHAT
+        forgetful = self._road.plan.dialect in (CHAT, MESSAGES)
         waiting = True
         for events in self._events:
             if waiting:
@@ -12043,7 +12129,7 @@ class Tally:
         for event in events:
             if type(event) is BlockStart and isinstance(event.block, ToolCall):
                 self.calls.append(event.block.id)
-            elif type(event) is BlockStop and isinstance(event.block, Thinking) and event.block.signature:
+            elif type(event) is BlockStop and isinstance(event.block, Thinking) and (event.block.signature or event.block.redacted):
                 self.thinking.append(event.block)
 
 
@@ -12055,6 +12141,11 @@ def good_object(answer: Answer, body: bytes) -> Json:
     if is_error_object(value):
         raise UpstreamError(stream_failure(value))
     return value
+
+
+def says_something(message: Message) -> bool:
+    """Whether a turn of the conversation holds more than blanks."""
+    return message.role != "system" and any(not isinstance(block, Text) or block.text.strip() for block in message.content)
 
 
 class Gateway:
@@ -12081,7 +12172,7 @@ class Gateway:
         codec = CODECS[dialect]
         body = {**want_object(parse_json(inbound.body), "the request body"), **(said or {})}
         request = codec.decode_request(body)
-        if not any(message.role != "system" for message in request.messages) and dialect == GEMINI:
+        if dialect == GEMINI and not any(says_something(message) for message in request.messages):
             raise ClientError(GEMINI_EMPTY)
         plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream)
         plan.caller = identify(inbound.headers, body, request, self._machine_id, self._settings()["initiatorPolicy"])
@@ -12108,10 +12199,16 @@ class Gateway:
 
     def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> bytes:
         """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
-        request = opened_request(self._recollection.restored(request), plan.origin, plan.upstream_dialect)
+        request = self._recollection.owned(self._recollection.restored(request), plan.origin)
+        request = opened_request(request, plan.origin, plan.upstream_dialect)
         asked = request.max_tokens
         request = fitted(request, plan.record, plan.upstream_dialect, self._settings()["fillMaxTokens"])
         plan.cut_at = asked if asked and request.max_tokens and request.max_tokens > asked else None
+        if plan.upstream_dialect == RESPONSES:
+            session = parse_user_id(request.user)[1] if request.user and request.tools else None
+            request = phased(replace(request, cache_key=request.cache_key or session))
+        elif plan.upstream_dialect == CHAT and plan.provider == "copilot":
+            request = replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
         flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect)
         body = CODECS[plan.upstream_dialect].encode_request(flat)
         raw = dump_json(body)
@@ -13098,9 +13195,8 @@ class _Call:
             self.app.gateway.generate(self.route.dialect, inbound, self.line, self.exchange)
 
     def _run_gemini(self, inbound: Inbound) -> None:
-        """`{model}:{verb}`; a missing verb means generateContent."""
+        """`{model}:{verb}`"""
         model, _, verb = self.name.rpartition(":")
-        model, verb = (model, verb) if model else (verb, "generateContent")
         app, line, exchange = self.app, self.line, self.exchange
         if verb in ("generateContent", "streamGenerateContent"):
             app.gateway.generate(GEMINI, inbound, line, exchange, {"model": model, "stream": verb == "streamGenerateContent"})
