@@ -4477,6 +4477,3552 @@ WRONG_TYPES = [
 
 
 ###############################################################################
+#                          Hub and codecs: the laws                           #
+###############################################################################
+# DESIGN 5, laws 1 to 4: what a codec writes it reads back, whole or streamed, however cut, and every stream is legal.
+# What one side cannot say is a row in LOSSES, and only there: its `mend` gives the value as it comes back. The laws are
+# tests over all dialects; behind them stand, per dialect, the wire shapes that only it has.
+
+Value = Union[cp.Request, cp.Reply]
+Mend = Callable[[Any], Any]
+
+
+# ---------------------------------------------------------------------------- mends: what they are made of
+
+def mend_blocks(change: Callable[[Any, str], Any], joins: bool = True) -> Mend:
+    """A mend of every block, those inside results too: `change(block, role)` gives one block, a list of them, or None.
+    `role` is that of the message, "result" inside a result, "reply" in an answer."""
+    def inside(found: List[Any], role: str) -> List[Any]:
+        kept: List[Any] = []
+        for block in found:
+            if isinstance(block, cp.ToolResult):
+                block = replace(block, content=inside(block.content, "result"))
+            made = change(block, role)
+            kept += made if isinstance(made, list) else [] if made is None else [made]
+        return kept
+
+    def mend(value: Any) -> Any:
+        if isinstance(value, cp.Reply):
+            return replace(value, content=inside(value.content, "reply"))
+        messages = [replace(message, content=inside(message.content, message.role)) for message in value.messages]
+        return replace(value, messages=cp.canonical(messages) if joins else messages)
+    return mend
+
+
+def mend_turns(change: Callable[[Any], List[Any]]) -> Mend:
+    """A mend of every message: `change(message)` gives those that stand for it. An answer is one of role "reply"."""
+    def mend(value: Any) -> Any:
+        if isinstance(value, cp.Reply):
+            return replace(value, content=change(cp.Message("reply", value.content))[0].content)
+        return replace(value, messages=[made for message in value.messages for made in change(message)])
+    return mend
+
+
+def mend_fields(*gone: str, **changed: Callable[[Any], Any]) -> Mend:
+    """A mend of fields: those named become None, others what their function makes of the whole value."""
+    return lambda value: replace(value, **{name: None for name in gone}, **{name: change(value) for name, change in changed.items()})
+
+
+def object_of(text: str) -> Optional[Json]:
+    """The JSON object of a text, {} of a blank one, None of any other."""
+    try:
+        value = cp.parse_json(text.encode("utf-8", "surrogatepass")) if text.strip() else {}
+    except cp.ClientError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def compact(text: str) -> str:
+    """Arguments as they come back from a dialect that holds an object; text that is none comes back as it was."""
+    value = object_of(text)
+    return text if value is None else cp.dump_json(value).decode()
+
+
+def named_effort(given: cp.Reasoning) -> Optional[str]:
+    return given.effort or ("none" if given.mode == "off" else None)
+
+
+def output_said(request: cp.Request) -> cp.Request:
+    """OpenAI's: a schema needs a name, a JSON object has none."""
+    given = request.output
+    if given is None:
+        return request
+    return replace(request, output=cp.OutputFormat() if given.schema is None else replace(given, name=given.name or "output"))
+
+
+def stop_said(dialect: str) -> Mend:
+    """The stop reason as the dialect's word for it is read; calls are the reason of what merely ends."""
+    def mend(reply: cp.Reply) -> cp.Reply:
+        meaning = cp.stop_meaning(dialect, cp.stop_word(dialect, reply.stop_reason))
+        called = dialect != cp.MESSAGES and any(isinstance(block, cp.ToolCall) for block in reply.content)
+        return replace(reply, stop_reason="tool" if meaning == "end" and called else meaning)
+    return mend
+
+
+# ---------------------------------------------------------------------------- mends: Chat
+
+def chat_misplaced(block: Any, role: str) -> Any:
+    """Blocks that have no place in a turn of that role."""
+    if isinstance(block, cp.Text):
+        return block
+    said = role in ("assistant", "reply")
+    if role in ("system", "developer") or isinstance(block, (cp.Image, cp.File, cp.Opaque,
+                                                             cp.ToolReference)) and said or isinstance(block, cp.ToolCall) and not said:
+        return None
+    if isinstance(block, cp.Compaction):
+        return None if role in ("reply", "result") or block.sealed is not None or not block.summary else block
+    return None if isinstance(block, cp.Opaque) and block.kind not in cp.CHAT_OPAQUE_PARTS else block
+
+
+def chat_media(block: Any, role: str) -> Any:
+    if isinstance(block, cp.File):
+        if block.text is not None:
+            return cp.Text(block.text)
+        if block.data is None:
+            return replace(block, url=None, media_type=None) if block.file_id is not None else None
+        return replace(block, url=None, name=block.name or "document.pdf")
+    if isinstance(block, cp.Image):
+        if block.data is None:
+            return replace(block, file_id=None, media_type=None) if block.url is not None else None
+        return replace(block, file_id=None, url=None, media_type=block.media_type or "image/png")
+    return block
+
+
+def chat_as_text(block: Any, role: str) -> Any:
+    if isinstance(block, cp.ToolReference):
+        return cp.Text(f"Tool {block.name} loaded")
+    return cp.Text(block.text) if isinstance(block, cp.Refusal) and role in ("user", "result") else block
+
+
+def chat_compacted(message: cp.Message) -> List[cp.Message]:
+    """A summary in an assistant's turn becomes a user's text before it; in a user's turn, a text."""
+    if message.role == "user":
+        return [replace(message, content=[cp.Text(b.summary) if isinstance(b, cp.Compaction) else b for b in message.content])]
+    found: List[Any] = [cp.Text(b.summary) for b in message.content if isinstance(b, cp.Compaction)]
+    rest = [b for b in message.content if not isinstance(b, cp.Compaction)]
+    return ([cp.Message("user", found)] if found else []) + [replace(message, content=rest)]
+
+
+def chat_calls_said(block: Any, role: str) -> Any:
+    if isinstance(block, cp.ToolCall):
+        custom = block.kind == "custom"
+        return replace(block, kind="custom" if custom else "function", namespace=None, arguments=block.arguments or ("" if custom else "{}"))
+    return replace(block, kind="function", is_error=None) if isinstance(block, cp.ToolResult) else block
+
+
+def chat_results_first(message: cp.Message) -> List[cp.Message]:
+    if message.role != "user":
+        return [message]
+    results, moved = [], []
+    for result in (b for b in message.content if isinstance(b, cp.ToolResult)):
+        texts, rich = [b.text for b in result.content if isinstance(b, cp.Text)], [b for b in result.content if not isinstance(b, cp.Text)]
+        text = "\n".join(texts) if texts or not rich else "The result follows in the next user message."
+        results.append(replace(result, content=[cp.Text(text)]))
+        moved += [cp.Text(f"Tool result for {result.call_id}:"), *rich] if rich else []
+    return [replace(message, content=results + moved + [b for b in message.content if not isinstance(b, cp.ToolResult)])]
+
+
+def chat_one_system(message: cp.Message) -> List[cp.Message]:
+    if message.role not in ("system", "developer") or not message.content:
+        return [message]
+    return [replace(message, content=[cp.Text("\n\n".join(b.text for b in message.content))])]
+
+
+def chat_one_thought(message: cp.Message) -> List[cp.Message]:
+    """One thinking with the first opaque state, first of all."""
+    thoughts = [b for b in message.content if isinstance(b, cp.Thinking)]
+    rest = [b for b in message.content if not isinstance(b, cp.Thinking)]
+    if message.role not in ("assistant", "reply"):
+        return [replace(message, content=rest)]
+    texts = [b.text for b in thoughts if b.text]
+    sealed = [found for found in ((b.signature or b.redacted if isinstance(b, cp.Thinking) else None) or b.seal for b in message.content) if found]
+    thinking = [cp.Thinking("\n\n".join(texts), sealed[0] if sealed else None)] if texts or sealed else []
+    return [replace(message, content=thinking + rest)]
+
+
+def chat_calls_last(message: cp.Message) -> List[cp.Message]:
+    if message.role != "assistant":
+        return [message]
+    calls = [b for b in message.content if isinstance(b, cp.ToolCall)]
+    return [replace(message, content=[b for b in message.content if not isinstance(b, cp.ToolCall)] + calls)]
+
+
+def chat_no_empty_words(message: cp.Message) -> List[cp.Message]:
+    if message.role != "assistant" or not message.content:
+        return [message]
+    return [replace(message, content=[b for b in message.content if b != cp.Text("")] or [cp.Text("")])]
+
+
+def chat_one_answer(reply: cp.Reply) -> cp.Reply:
+    """Thinking, one text, one refusal, then the calls."""
+    start, notes = 0, []
+    for block in reply.content:
+        if isinstance(block, cp.Text):
+            notes += [{**note, "start_index": note["start_index"] + start, "end_index": note["end_index"] + start} for note in block.citations or ()]
+            start += len(block.text)
+    logprobs = [item for b in reply.content if isinstance(b, cp.Text) for item in (b.extra or {}).get("logprobs", ())]
+    text, refusal = ("".join(b.text for b in reply.content if isinstance(b, kind)) for kind in (cp.Text, cp.Refusal))
+    return replace(reply, content=[b for b in reply.content if isinstance(b, cp.Thinking)]
+                   + ([cp.Text(text, notes or None, extra={"logprobs": logprobs} if logprobs else None)] if text else [])
+                   + ([cp.Refusal(refusal)] if refusal else []) + [b for b in reply.content if isinstance(b, cp.ToolCall)])
+
+
+def chat_cited(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Text):
+        return block
+    notes = [note if note.get("type") == "url_citation" else
+             {"type": "url_citation", "url": note["url"], "title": note.get("title") or "", "start_index": 0, "end_index": len(block.text)}
+             for note in block.citations or () if note.get("url")] if role == "reply" else []
+    return replace(block, citations=notes or None)
+
+
+def chat_plain(block: Any, role: str) -> Any:
+    extra = {"name": block.extra["name"]} if isinstance(block, cp.ToolResult) and (block.extra or {}).get("name") else None
+    if role == "reply" and isinstance(block, cp.Text) and (block.extra or {}).get("logprobs"):
+        extra = {"logprobs": block.extra["logprobs"]}
+    block = replace(block, cache=None, seal=None, origin=None, extra=extra)
+    return replace(block, phase=None) if isinstance(block, cp.Text) else replace(block, id=None) if isinstance(block, cp.Thinking) else block
+
+
+def chat_reasoning(request: cp.Request) -> cp.Request:
+    given = request.reasoning
+    if given is None:
+        return request
+    said = cp.Reasoning(None if given.budget is None else "on" if given.budget else "off", named_effort(given), given.budget or None)
+    return replace(request, reasoning=None if said == cp.Reasoning() else said)
+
+
+def chat_tools(request: cp.Request) -> cp.Request:
+    def one(tool: cp.Tool) -> cp.Tool:
+        if tool.kind == "custom":
+            return cp.Tool(tool.name, tool.description, kind="custom", grammar=tool.grammar)
+        return cp.Tool(tool.name, tool.description, {"type": "object", "properties": {}} if tool.schema is None else tool.schema, strict=tool.strict)
+    return replace(request, tools=[one(tool) for tool in request.tools if tool.kind != "server"])
+
+
+def chat_choice(request: cp.Request) -> cp.Request:
+    choice = request.tool_choice
+    if not request.tools:
+        return replace(request, tool_choice=None, parallel_tools=None)
+    if choice is None or choice.mode != "tool":
+        return request
+    return replace(request, tool_choice=cp.ToolChoice("auto") if choice.kind == "server" else
+                   cp.ToolChoice("tool", choice.name, None, "custom" if choice.kind == "custom" else "function"))
+
+
+def chat_extra(request: cp.Request) -> cp.Request:
+    extra = cp.chat_passed(request.extra or {})
+    if request.stream:
+        extra["stream_options"] = {"include_usage": True}
+    return replace(request, extra=extra or None)
+
+
+def chat_names(message: cp.Message) -> List[cp.Message]:
+    """A name stands on the user's or the assistant's own words, not on results."""
+    name = (message.extra or {}).get("name")
+    kept = name and any(not isinstance(b, cp.ToolResult) for b in message.content)
+    return [replace(message, extra={"name": name} if kept else None)]
+
+
+# ---------------------------------------------------------------------------- mends: Responses
+
+def responses_one_system(request: cp.Request) -> cp.Request:
+    first = request.messages[0] if request.messages else None
+    if first is None or first.role != "system" or not all(isinstance(block, cp.Text) for block in first.content):
+        return request
+    joined = cp.Message("system", [cp.Text("\n\n".join(block.text for block in first.content))])
+    return replace(request, messages=cp.canonical([joined] + request.messages[1:]))
+
+
+def responses_reasoning(request: cp.Request) -> cp.Request:
+    given = request.reasoning
+    if given is None:
+        return request
+    effort = named_effort(given) or (cp.effort_of_budget(given.budget) if given.budget is not None else None)
+    shown = given.visible or given.visible is None and given.mode in ("on", "adaptive")
+    summary = given.summary or ("auto" if shown else None)
+    said = cp.Reasoning(effort=effort, summary=summary, visible=None if summary is None else summary not in ("off", "none"))
+    return replace(request, reasoning=None if effort is None and summary is None else said)
+
+
+def responses_tools(request: cp.Request) -> cp.Request:
+    kept = [tool for tool in request.tools if tool.kind != "server" or tool.name in cp.RESPONSES_SERVER_TOOLS]
+    return replace(request, tools=[tool for group in cp.by_namespace(kept) for tool in group])
+
+
+def responses_tool_fields(request: cp.Request) -> cp.Request:
+    def one(tool: cp.Tool) -> cp.Tool:
+        extra = {name: value for name, value in (tool.extra or {}).items()
+                 if name in cp.RESPONSES_TOOL_FIELDS or name == "namespace_description" and tool.namespace and value}
+        if tool.namespace:
+            extra["namespace_description"] = next(
+                (t.extra["namespace_description"] for t in request.tools if t.namespace == tool.namespace and (t.extra or {}).get("namespace_description")),
+                tool.namespace)
+        schema = {"type": "object", "properties": {}} if tool.schema is None and tool.kind == "function" else None if tool.kind == "custom" else tool.schema
+        return replace(tool, cache=None, extra=extra or None, name="tool_search" if tool.kind == "search" else tool.name, schema=schema,
+                       strict=bool(tool.strict) if tool.kind == "function" else None, grammar=tool.grammar if tool.kind == "custom" else None)
+    return replace(request, tools=[one(tool) for tool in request.tools])
+
+
+def responses_choice(request: cp.Request) -> cp.Request:
+    choice = request.tool_choice
+    if choice is None or not request.tools:
+        return replace(request, tool_choice=None)
+    if choice.mode == "tool" and (choice.kind == "search" or choice.kind == "server" and choice.name not in cp.RESPONSES_SERVER_TOOLS):
+        return replace(request, tool_choice=cp.ToolChoice("auto"))
+    return request
+
+
+def responses_extra(request: cp.Request) -> cp.Request:
+    extra = {name: value for name, value in (request.extra or {}).items()
+             if name in dict(cp.RESPONSES_PASSED) and cp.responses_passed({name: value}) or name in ("include", "reasoning")}
+    return replace(request, extra=extra or None)
+
+
+def responses_search_arguments(block: Any, role: str) -> Any:
+    if isinstance(block, cp.ToolCall) and block.kind in ("search", "server"):
+        value = cp.load_object(block.arguments) if block.arguments else {}
+        return replace(block, name="tool_search" if block.kind == "search" else block.name, namespace=None,
+                       arguments=block.arguments if value is None else cp.dump_json(value).decode())
+    return block
+
+
+def responses_own_results(request: cp.Request) -> cp.Request:
+    """A shell's result is one text; a search's are the tools found, those of them that are asked with."""
+    def one(block: Any, role: str) -> Any:
+        if not isinstance(block, cp.ToolResult) or block.kind not in ("search", "server"):
+            return block
+        if block.kind == "server":
+            return replace(block, content=[cp.Text("\n".join(part.text for part in block.content if isinstance(part, cp.Text)))])
+        wanted = {(part.name, (part.extra or {}).get("namespace")) for part in block.content if isinstance(part, cp.ToolReference)}
+        return replace(block, is_error=None, content=[
+            cp.ToolReference(tool.name, extra={"namespace": tool.namespace} if tool.namespace else None)
+            for tool in request.tools if (tool.name, tool.namespace) in wanted or (tool.name, None) in wanted])
+    return mend_blocks(one)(request)
+
+
+def responses_results(block: Any, role: str) -> Any:
+    """References outside a search become texts; a result says something."""
+    if isinstance(block, cp.ToolReference) and role not in ("result", "reply"):
+        return cp.Text(f"Tool {block.name} loaded")
+    if not isinstance(block, cp.ToolResult) or block.kind == "search":
+        return block
+    parts = [cp.Text(f"Tool {part.name} loaded") if isinstance(part, cp.ToolReference) else part for part in block.content]
+    return replace(block, content=parts or [cp.Text("")], is_error=None if block.kind == "custom" else block.is_error)
+
+
+def responses_sides(request: cp.Request) -> cp.Request:
+    """What is no part of a message says by itself whose it is."""
+    def side(block: Any, role: str) -> str:
+        if isinstance(block, (cp.Thinking, cp.ToolCall, cp.Compaction)):
+            return "assistant"
+        if isinstance(block, cp.Opaque) and block.kind in cp.RESPONSES_OPAQUE:
+            return "assistant" if block.kind.endswith("_call") else "developer"
+        return "user" if isinstance(block, cp.ToolResult) else role
+    return replace(request, messages=cp.canonical(cp.Message(side(block, m.role), [block]) for m in request.messages for block in m.content))
+
+
+def responses_unsaid_calls(value: Value) -> Value:
+    found = value.messages if isinstance(value, cp.Request) else [value]
+    lost = {b.id for m in found for b in m.content if isinstance(b, cp.ToolCall) and b.kind == "server" and b.name != "local_shell"}
+    return mend_blocks(lambda b, role: None if isinstance(b, cp.ToolCall) and b.id in lost or isinstance(b, cp.ToolResult) and b.call_id in lost else b)(value)
+
+
+def responses_thinking(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Thinking):
+        return block
+    block = replace(block, signature=block.redacted if block.signature is None else block.signature, redacted=None)
+    return None if block.signature is None and role != "reply" else block
+
+
+def responses_plain(block: Any, role: str) -> Any:
+    if isinstance(block, cp.Refusal) and role not in ("assistant", "reply"):
+        return cp.Text(block.text)
+    if isinstance(block, cp.Text):
+        said = role in ("assistant", "reply")
+        extra = {"logprobs": block.extra["logprobs"]} if said and (block.extra or {}).get("logprobs") else None
+        return cp.Text(block.text, cp.responses_annotations(block) or None if said else None, block.phase if said else None, extra=extra)
+    kept = block.extra if isinstance(block, cp.ToolReference) and role == "result" else None
+    return replace(block, cache=None, seal=None, origin=None, extra=kept)
+
+
+def responses_media(block: Any, role: str) -> Any:
+    if not isinstance(block, (cp.Image, cp.File)):
+        return block
+    if role in ("assistant", "reply"):
+        return None
+    if isinstance(block, cp.File) and block.text is not None:
+        return cp.Text(block.text)
+    if block.data is None:
+        return replace(block, media_type=None) if block.url is not None or block.file_id is not None else None
+    if isinstance(block, cp.Image):
+        return replace(block, media_type=block.media_type or "image/png", url=None)
+    return replace(block, name=block.name or "document.pdf")
+
+
+def responses_readable(value: Value) -> Value:
+    """A summary: a user's text in a conversation, nothing in an answer."""
+    def kept(block: Any) -> Any:
+        return replace(block, summary=None) if isinstance(block, cp.Compaction) else block
+    if isinstance(value, cp.Reply):
+        return replace(value, content=[kept(b) for b in value.content if not isinstance(b, cp.Compaction) or b.sealed is not None])
+    turns = [cp.Message(m.role, [kept(b)]) if not isinstance(b, cp.Compaction) or b.sealed is not None else
+             cp.Message("user", [cp.Text(b.summary)] if b.summary else []) for m in value.messages for b in m.content]
+    return replace(value, messages=cp.canonical(turns))
+
+
+def responses_opaque(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Opaque):
+        return block
+    if block.kind in cp.RESPONSES_OPAQUE_PARTS and role not in ("assistant", "reply"):
+        return block
+    if block.kind not in cp.RESPONSES_OPAQUE or role == "result":
+        return None
+    if role == "reply" or block.kind in cp.RESPONSES_BOUND_IDS:
+        return block
+    return replace(block, raw={name: value for name, value in block.raw.items() if name != "id"})
+
+
+# ---------------------------------------------------------------------------- mends: Messages
+
+def messages_reasoning(request: cp.Request) -> cp.Request:
+    """Thinking beside a forced tool is refused; `on` needs a budget below max_tokens, a budget made of an effort takes half of it."""
+    given = request.reasoning
+    if given is None:
+        return request
+    effort = {"none": None, "minimal": "low"}.get(given.effort, given.effort)
+    mode = "off" if given.effort == "none" else given.mode
+    if mode is None and given.budget is not None:
+        mode = "on" if given.budget > 0 else "adaptive" if given.budget < 0 else "off"
+    if mode is None and (effort or given.visible):
+        mode = "adaptive"
+    if mode is None or mode != "off" and request.tool_choice is not None and request.tool_choice.mode in ("required", "tool"):
+        return replace(request, reasoning=None)
+    if mode == "off":
+        return replace(request, reasoning=cp.Reasoning("off", effort))
+    if mode == "adaptive":
+        return replace(request, reasoning=cp.Reasoning("adaptive", effort, visible=given.visible))
+    stated = given.budget is not None and given.budget > 0
+    budget = given.budget if stated else cp.budget_of_effort(given.effort or "medium")
+    if request.max_tokens is not None:
+        budget = min(budget, request.max_tokens - 1 if stated else request.max_tokens // 2)
+    budget, effort = max(budget, 1024), effort if given.budget else None
+    fits = request.max_tokens is None or budget < request.max_tokens
+    return replace(request, reasoning=cp.Reasoning("on", effort, budget, given.visible) if fits else cp.Reasoning("off", effort))
+
+
+def messages_max_tokens(request: cp.Request) -> cp.Request:
+    thinks = request.reasoning is not None and request.reasoning.mode == "on"
+    return replace(request, max_tokens=16000 + (request.reasoning.budget if thinks else 0)) if request.max_tokens is None else request
+
+
+def messages_sampling(request: cp.Request) -> cp.Request:
+    warmth = None if request.temperature is None else min(request.temperature, 1)
+    if request.reasoning is None or request.reasoning.mode == "off":
+        return replace(request, temperature=warmth)
+    return replace(request, top_k=None, temperature=1 if warmth == 1 else None,
+                   top_p=request.top_p if request.top_p is not None and request.top_p >= 0.95 else None)
+
+
+def messages_stops(request: cp.Request) -> cp.Request:
+    return replace(request, stop=[text for text in request.stop or () if text.strip()] or None)
+
+
+def messages_extra(request: cp.Request) -> cp.Request:
+    kept = {name: value for name, value in (request.extra or {}).items() if name in cp.MESSAGES_EXTRA and cp.MESSAGES_EXTRA[name](value)}
+    return replace(request, extra=kept or None)
+
+
+def messages_output(request: cp.Request) -> cp.Request:
+    schema = request.output.schema if request.output is not None else None
+    return replace(request, output=None if schema is None else cp.OutputFormat(schema))
+
+
+def messages_tools(request: cp.Request) -> cp.Request:
+    def one(tool: cp.Tool) -> cp.Tool:
+        extra = {name: value for name, value in (tool.extra or {}).items() if name in cp.MESSAGES_TOOL_EXTRA}
+        schema = {"type": "object", "properties": {}} if tool.schema is None else tool.schema
+        return cp.Tool(tool.name, tool.description, schema, deferred=tool.deferred, strict=tool.strict or None, cache=tool.cache, extra=extra or None)
+    own = [tool for tool in request.tools if tool.kind != "server" or re.search(r"_20\d{6}$", (tool.extra or {}).get("type", ""))]
+    return replace(request, tools=[tool if tool.kind == "server" else one(tool) for tool in own])
+
+
+def messages_choice(request: cp.Request) -> cp.Request:
+    choice, parallel = request.tool_choice, request.parallel_tools
+    if choice is None and parallel is False:
+        choice = cp.ToolChoice("auto")
+    if not request.tools or choice is None or choice.mode == "tool" and not choice.name:
+        return replace(request, tool_choice=None, parallel_tools=None)
+    return replace(request, tool_choice=cp.ToolChoice(choice.mode, choice.name), parallel_tools=None if choice.mode == "none" else parallel)
+
+
+MESSAGES_PLACES = {  # role -> what may stand there; late system messages keep texts and media
+    "user": (cp.Text, cp.Image, cp.File, cp.ToolResult, cp.Refusal, cp.Compaction, cp.Opaque), "late": (cp.Text, cp.Image, cp.File),
+    "assistant": (cp.Text, cp.Thinking, cp.ToolCall, cp.Refusal, cp.Compaction, cp.Opaque), "system": (cp.Text, cp.Refusal, cp.Compaction),
+    "reply": (cp.Text, cp.Thinking, cp.ToolCall, cp.Refusal, cp.Compaction, cp.Opaque),
+    "result": (cp.Text, cp.Image, cp.File, cp.ToolReference, cp.Refusal, cp.Opaque)}
+
+
+def messages_sides(request: cp.Request) -> cp.Request:
+    """Leading system and developer messages are one system message, later ones are called `late`."""
+    made, leads = [], True
+    for message in request.messages:
+        leads = leads and message.role in ("system", "developer")
+        made.append(replace(message, role="system" if leads else "late" if message.role in ("system", "developer") else message.role, extra=None))
+    return replace(request, messages=made)
+
+
+def messages_misplaced(block: Any, role: str) -> Any:
+    return block if isinstance(block, MESSAGES_PLACES[role]) else None
+
+
+def messages_late(request: cp.Request) -> cp.Request:
+    """A late system or developer message is a reminder in the user's turn."""
+    def reminder(block: Any) -> Any:
+        bare = not isinstance(block, cp.Text) or not block.text or block.text.startswith("<system-reminder>")
+        return block if bare else replace(block, text=f"<system-reminder>\n{block.text}\n</system-reminder>")
+    return replace(request, messages=cp.canonical(cp.Message("user", [reminder(b) for b in m.content]) if m.role == "late" else m for m in request.messages))
+
+
+def messages_results_first(request: cp.Request) -> cp.Request:
+    return replace(request, messages=[replace(m, content=sorted(m.content, key=lambda b: not isinstance(b, cp.ToolResult))) if m.role == "user" else m
+                                      for m in cp.canonical(request.messages)])
+
+
+def messages_a_turn(request: cp.Request) -> cp.Request:
+    only = [message.role for message in request.messages] == ["system"]
+    return replace(request, messages=[replace(request.messages[0], role="user")]) if only else request
+
+
+def messages_as_text(block: Any, role: str) -> Any:
+    if isinstance(block, cp.Refusal):
+        return cp.Text(block.text, cache=block.cache)
+    if isinstance(block, cp.Compaction):
+        if block.summary:
+            return cp.Text(block.summary, cache=block.cache)
+        return cp.Thinking(signature=block.sealed) if block.sealed and role == "reply" else None
+    return block
+
+
+def messages_cited(block: Any, role: str) -> Any:
+    """Its own citations; those of the web need an index towards upstream, and in answers OpenAI's are put into their form."""
+    def one(note: Json) -> Optional[Json]:
+        if note.get("type") in cp.MESSAGES_CITATIONS and (role == "reply" or note["type"] != "web_search_result_location" or note.get("encrypted_index")):
+            return note
+        if role != "reply" or note.get("type") != "url_citation":
+            return None
+        return {"type": "web_search_result_location", "cited_text": block.text[note["start_index"]:note["end_index"]], "url": note["url"],
+                "title": note.get("title"), "encrypted_index": ""}
+    return replace(block, citations=[made for made in map(one, block.citations or ()) if made] or None) if isinstance(block, cp.Text) else block
+
+
+def messages_media(block: Any, role: str) -> Any:
+    if not isinstance(block, (cp.Image, cp.File)):
+        return block
+    if isinstance(block, cp.File) and block.data is not None and (block.media_type or "").startswith("text/"):
+        block = replace(block, text=base64.b64decode(block.data).decode(), data=None)
+    if isinstance(block, cp.File) and block.text is not None:
+        return cp.File("text/plain", text=block.text, name=block.name, cache=block.cache, extra=block.extra)
+    kind = "image/png" if isinstance(block, cp.Image) else "application/pdf"
+    kept = replace(block, detail=None) if isinstance(block, cp.Image) else block
+    if block.data is not None:
+        return replace(kept, media_type=block.media_type or kind, url=None, file_id=None)
+    if block.url is not None or block.file_id is not None:
+        return replace(kept, media_type=None, file_id=None if block.url is not None else block.file_id)
+    return None
+
+
+def messages_thinking(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Thinking):
+        return block
+    if block.redacted is not None:
+        return cp.Thinking(redacted=block.redacted)
+    return cp.Thinking(block.text, block.signature or None) if block.signature or role == "reply" else None
+
+
+def messages_calls(block: Any, role: str) -> Any:
+    if isinstance(block, cp.ToolResult):
+        return replace(block, kind="function")
+    if not isinstance(block, cp.ToolCall):
+        return block
+    said = compact(block.arguments)
+    if role == "reply" and object_of(said) is None:
+        said = cp.dump_json({"_raw_arguments": said}).decode()
+    return replace(block, kind="function", namespace=None, arguments=said)
+
+
+def messages_plain(block: Any, role: str) -> Any:
+    """Blocks without what rides along; only what the dialect knows is kept of `extra`."""
+    known = cp.MESSAGES_CALL_EXTRA if isinstance(block, cp.ToolCall) else cp.MESSAGES_FILE_EXTRA if isinstance(block, cp.File) else ()
+    extra = {name: value for name, value in (block.extra or {}).items() if name in known}
+    block = replace(block, seal=None, origin=None, extra=extra or None)
+    return replace(block, phase=None) if isinstance(block, cp.Text) else block
+
+
+def messages_opaque(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Opaque):
+        return block
+    return cp.Opaque(block.kind, block.raw) if block.kind in cp.MESSAGES_OPAQUE and cp.name_in(block.raw, "type") == block.kind else None
+
+
+def messages_empty(value: Value) -> Value:
+    """Empty texts are left out, but for one that is all a tool said."""
+    def kept(block: Any) -> bool:
+        return not (isinstance(block, cp.Text) and not block.text)
+
+    def one(block: Any) -> Any:
+        if not isinstance(block, cp.ToolResult) or block.content == [cp.Text("")]:
+            return block
+        return replace(block, content=[part for part in block.content if kept(part)])
+    if isinstance(value, cp.Reply):
+        return replace(value, content=[block for block in value.content if kept(block)])
+    return replace(value, messages=cp.canonical(replace(m, content=[one(b) for b in m.content if kept(b)]) for m in value.messages))
+
+
+# ---------------------------------------------------------------------------- mends: Gemini
+
+def gemini_plain(block: Any, role: str) -> Any:
+    """No breakpoints, phases, ids of items; extra only where it has a name here."""
+    extra = {k: v for k, v in (block.extra or {}).items() if isinstance(block, (cp.Image, cp.File)) and k in cp.GEMINI_MEDIA_EXTRA
+             or isinstance(block, cp.Text) and role == "reply" and k == "logprobs" and v}
+    block = replace(block, cache=None, origin=None, extra=extra or None)
+    if isinstance(block, cp.Text):
+        return replace(block, phase=None, citations=block.citations if role == "reply" else None)
+    return replace(block, id=None) if isinstance(block, (cp.Thinking, cp.Compaction)) else block
+
+
+def gemini_as_text(block: Any, role: str) -> Any:
+    if isinstance(block, cp.Refusal):
+        return cp.Text(block.text, seal=block.seal)
+    if isinstance(block, cp.ToolReference):
+        return None if role == "reply" else cp.Text(f"Tool {block.name} loaded", seal=block.seal)
+    if isinstance(block, cp.Compaction) and role != "reply":
+        return cp.Text(block.summary, seal=block.seal) if block.summary else None
+    return cp.Text(block.text, seal=block.seal) if isinstance(block, cp.File) and block.text is not None else block
+
+
+def gemini_media(block: Any, role: str) -> Any:
+    if not isinstance(block, (cp.Image, cp.File)):
+        return block
+    if block.data is None and block.url is None:
+        return None
+    block = replace(block, file_id=None, url=None if block.data is not None else block.url)
+    if isinstance(block, cp.File):
+        return replace(block, name=None, media_type=block.media_type or ("application/pdf" if block.data is not None else None))
+    ending = (block.url or "png").partition("?")[0].rpartition(".")[2].lower()
+    return replace(block, detail=block.detail if block.detail in ("low", "high") else None,
+                   media_type=block.media_type or f"image/{cp.GEMINI_IMAGE_ENDINGS.get(ending, 'jpeg')}")
+
+
+def gemini_calls(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.ToolCall):
+        return block
+    value = cp.load_object(block.arguments) if block.arguments.strip() else {}
+    return replace(block, kind="function", namespace=None, arguments=block.arguments if value is None else cp.dump_json(value).decode())
+
+
+def gemini_results(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.ToolResult):
+        return block
+    text = "\n".join(part.text for part in block.content if isinstance(part, cp.Text))
+    rich = [part for part in block.content if isinstance(part, (cp.Image, cp.File))]
+    return replace(block, content=([cp.Text(text)] if text else []) + rich, is_error=True if block.is_error else None, kind="function", seal=None)
+
+
+def gemini_opaque_said(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Opaque):
+        return block
+    known = role != "result" and block.kind in cp.GEMINI_OPAQUE and isinstance(block.raw, dict) and isinstance(block.raw.get(block.kind), dict)
+    return block if known else None
+
+
+def gemini_thinking(block: Any, role: str) -> Any:
+    if not isinstance(block, cp.Thinking):
+        return block
+    signature = block.redacted if block.signature is None else block.signature
+    signature = signature if block.seal is None or role == "reply" else block.seal
+    return replace(block, signature=signature, redacted=None, seal=None) if role == "reply" or block.text or signature is not None else None
+
+
+def gemini_empty(block: Any, role: str) -> Any:
+    return None if isinstance(block, cp.Text) and not block.text and block.seal is None else block
+
+
+def gemini_system(request: cp.Request) -> cp.Request:
+    length = cp.gemini_system_length(request.messages)
+    system: List[Any] = [cp.Text(block.text) for message in request.messages[:length] for block in message.content if isinstance(block, cp.Text) and block.text]
+    late = [cp.Message("user", [cp.Text(cp.gemini_reminder(b.text)) if isinstance(b, cp.Text) else b for b in m.content])
+            if m.role in ("system", "developer") else replace(m, extra=None) for m in request.messages[length:]]
+    return replace(request, messages=cp.canonical([cp.Message("system", system)] + late))
+
+
+def gemini_sides(request: cp.Request) -> cp.Request:
+    """Calls and thoughts are the model's, results the user's."""
+    def side(block: Any, role: str) -> str:
+        return "user" if isinstance(block, cp.ToolResult) else "assistant" if isinstance(block, (cp.ToolCall, cp.Thinking)) else role
+    return replace(request, messages=cp.canonical(cp.Message(side(block, m.role), [block]) for m in request.messages for block in m.content))
+
+
+def gemini_join(found: List[Any]) -> List[Any]:
+    joined: List[Any] = []
+    for block in found:
+        last = joined[-1] if joined else None
+        if isinstance(block, cp.Text) and isinstance(last, cp.Text) and (last.seal is None or block.seal is None):
+            joined[-1] = replace(last, text=last.text + block.text, seal=last.seal or block.seal,
+                                 citations=(last.citations or []) + (block.citations or []) or None)
+        elif isinstance(block, cp.Thinking) and isinstance(last, cp.Thinking) and last.signature is None:
+            joined[-1] = replace(last, text=last.text + block.text, signature=block.signature)
+        else:
+            joined.append(block)
+    return joined
+
+
+def gemini_joined(value: Value) -> Value:
+    if isinstance(value, cp.Reply):
+        return replace(value, content=gemini_join(value.content))
+    return replace(value, messages=cp.canonical(replace(m, content=gemini_join(m.content) if m.role == "assistant" else m.content) for m in value.messages))
+
+
+def gemini_signatures(reply: cp.Reply) -> cp.Reply:
+    """A thought's signature stands on the next part that has room."""
+    made: List[Any] = []
+    waiting = None
+    for block in reply.content:
+        own = block.sealed if isinstance(block, cp.Compaction) else block.signature if isinstance(block, cp.Thinking) else block.seal
+        if isinstance(block, (cp.Thinking, cp.Compaction)):
+            if waiting is not None:
+                made.append(cp.Thinking("", waiting))
+            if isinstance(block, cp.Thinking) and block.text:
+                made.append(cp.Thinking(block.text))
+            waiting = own
+            continue
+        if waiting is not None and own is not None:
+            made.append(cp.Thinking("", waiting))
+        if own is None and waiting is not None:
+            block = replace(block, seal=waiting)
+        waiting = None
+        made.append(block)
+    return replace(reply, content=made + ([cp.Thinking("", waiting)] if waiting is not None else []))
+
+
+def gemini_citations(reply: cp.Reply) -> cp.Reply:
+    """Citations and logprobs belong to the text that ends the answer, citations as url_citation."""
+    before, notes, logprobs = 0, [], []
+    for block in reply.content:
+        if isinstance(block, cp.Text):
+            for note in block.citations or []:
+                if cp.name_in(note, "url"):
+                    start, end = note.get("start_index"), note.get("end_index")
+                    if not (type(start) is type(end) is int and 0 <= start < end):
+                        start, end = 0, len(block.text)
+                    notes.append((before + start, before + min(end, len(block.text)), note))
+            before += len(block.text)
+            logprobs += (block.extra or {}).get("logprobs") or []
+    blocks = gemini_join([replace(block, citations=None, extra=None) if isinstance(block, cp.Text) else block for block in reply.content])
+    last = blocks[-1] if blocks else None
+    if isinstance(last, cp.Text):
+        at = before - len(last.text)
+        found = [{"type": "url_citation", "url": note["url"], "title": cp.name_in(note, "title"), "start_index": max(0, start - at), "end_index": end - at}
+                 for start, end, note in notes if end > at and start < before]
+
+        def token(item: Json) -> Json:
+            return {"token": item["token"], "logprob": item["logprob"], "bytes": list(item["token"].encode())}
+        tokens = [{**token(item), "top_logprobs": [token(other) for other in item.get("top_logprobs", [])]} for item in logprobs]
+        blocks[-1] = replace(last, citations=found or None, extra={"logprobs": tokens} if tokens else None)
+    return replace(reply, content=blocks)
+
+
+def gemini_reasoning(request: cp.Request) -> cp.Request:
+    given = request.reasoning
+    if given is None:
+        return request
+    said = cp.Reasoning(visible=given.visible)
+    if given.mode == "off" or given.effort == "none":
+        said.mode = "off"
+    elif given.budget is not None:
+        said.mode, said.budget = "on" if given.budget > 0 else "adaptive" if given.budget else "off", given.budget if given.budget > 0 else None
+    elif given.effort is not None:
+        said.effort = "xhigh" if given.effort == "max" else given.effort
+    elif given.mode is not None:
+        said.mode = "adaptive"
+    return replace(request, reasoning=None if said == cp.Reasoning() else said)
+
+
+def gemini_tools_said(request: cp.Request) -> cp.Request:
+    functions = [cp.Tool(tool.name, tool.description, tool.schema, extra={k: v for k, v in (tool.extra or {}).items() if k in cp.GEMINI_TOOL_EXTRA} or None)
+                 for tool in request.tools if tool.kind != "server"]
+    own = [cp.Tool(tool.name, kind="server", extra=tool.extra or None) for tool in request.tools if tool.kind == "server" and tool.name in cp.GEMINI_SERVER_TOOLS]
+    return replace(request, tools=functions + own)
+
+
+def gemini_choice(request: cp.Request) -> cp.Request:
+    choice = request.tool_choice
+    if choice is None or not any(tool.kind != "server" for tool in request.tools):
+        return replace(request, tool_choice=None)
+    return replace(request, tool_choice=cp.ToolChoice("tool", choice.name) if choice.mode == "tool" else choice)
+
+
+def gemini_extra(request: cp.Request) -> cp.Request:
+    extra = {name: value for name, value in (request.extra or {}).items() if isinstance(value, dict(cp.GEMINI_PASSED).get(name, ()))}
+    config = (request.extra or {}).get("generationConfig")
+    config = {name: value for name, value in config.items() if name in cp.GEMINI_CONFIG_PASSED} if isinstance(config, dict) else {}
+    return replace(request, extra={**extra, **({"generationConfig": config} if config else {})} or None)
+
+
+def gemini_usage(reply: cp.Reply) -> Optional[cp.Usage]:
+    given = reply.usage
+    return given and cp.Usage(given.input, max(given.output, given.reasoning), given.cache_read, 0, given.reasoning)
+
+
+# ---------------------------------------------------------------------------- LOSSES
+
+class Loss(NamedTuple):
+    """One thing a dialect cannot say."""
+
+    what: str
+    direction: str  # request | reply | both
+    reason: str
+    mend: Mend  # the value as it comes back
+
+
+# Rows apply in this order: earlier ones make what later ones see.
+LOSSES: Dict[str, List[Loss]] = {
+    cp.CHAT: [Loss(*row) for row in (
+        ("top_k", "request", "no such field", mend_fields("top_k")),
+        ("fields of other dialects in extra", "request", "re-emitted by name and type only; usage is always asked of a stream", chat_extra),
+        ("reasoning mode, visible, summary", "request", "only effort and budget can be said; a budget means on, off becomes effort `none`", chat_reasoning),
+        ("output: name of a schema, fields without one", "request", "a schema needs a name; a JSON object has none", output_said),
+        ("tools: server ones, kind, namespace, deferred, cache, extra; no schema; strict of custom ones", "request",
+         "no slot; the schema becomes an empty object", chat_tools),
+        ("tool_choice and parallel_tools without tools, choice of a server tool, its namespace", "request", "refused without tools; auto", chat_choice),
+        ("thinking: borders, place, redacted, every signature and seal but the first", "both", "one text and one opaque field per message",
+         mend_turns(chat_one_thought)),
+        ("images, files, opaque blocks, references where words are said, a user's calls; sealed compactions", "both",
+         "messages of the model, the system and the developer hold text (and calls) only", mend_blocks(chat_misplaced, False)),
+        ("files by URL, images by file id; a file without a name; media types beside a URL", "request", "no slot; document.pdf; image/png",
+         mend_blocks(chat_media, False)),
+        ("references, refusals of a user or a result", "request", "become text", mend_blocks(chat_as_text, False)),
+        ("a compaction's readable summary", "request", "becomes a user's text", mend_turns(chat_compacted)),
+        ("calls: namespace, kinds search and server, empty arguments; results: kind, is_error", "both", "no slot; `{}`", mend_blocks(chat_calls_said, False)),
+        ("results: their place among a user's words, borders between their texts, none, rich parts", "request",
+         "tool messages come first and hold one text; rich parts follow under `Tool result for <id>:`", mend_turns(chat_results_first)),
+        ("borders inside a system prompt", "request", "is one string", mend_turns(chat_one_system)),
+        ("the place of calls among words", "request", "one list per message", mend_turns(chat_calls_last)),
+        ("citations of other kinds, of what is no answer", "both", "annotations name a URL", mend_blocks(chat_cited, False)),
+        ("cache, seal, origin, extra, phase, a thinking's id", "both", "no slot", mend_blocks(chat_plain, False)),
+        ("an empty text beside anything else of a turn", "request", "clients send `content: \"\"` for none", mend_turns(chat_no_empty_words)),
+        ("names of results' messages", "request", "a tool message's name is the result's", mend_turns(chat_names)),
+        ("turns that say nothing any more", "request", "are not sent", mend_fields(messages=lambda r: cp.canonical(r.messages))),
+        ("borders and order of texts, refusals and calls; empty ones", "reply", "one field for each", chat_one_answer),
+        ("stop reasons pause, stop, overflow, end beside calls", "reply", "finish_reason says less", stop_said(cp.CHAT)),
+        ("stop_sequence, extra", "reply", "no slot", mend_fields("stop_sequence", "extra")),
+        ("usage not said, billed_nano", "reply", "clients insist on usage; costs are not the client's",
+         mend_fields(usage=lambda r: replace(r.usage or cp.Usage(), billed_nano=None))),
+    )],
+    cp.RESPONSES: [Loss(*row) for row in (
+        ("borders inside the leading system prompt", "request", "`instructions` is one string", responses_one_system),
+        ("stop, top_k, seed, penalties", "request", "no such fields; stop sequences are enforced outside",
+         mend_fields("stop", "top_k", "seed", "presence_penalty", "frequency_penalty")),
+        ("max_tokens under 16", "request", "upstream takes no less", mend_fields(max_tokens=lambda r: r.max_tokens and max(16, r.max_tokens))),
+        ("fields of other dialects in extra", "request", "re-emitted by name and type only", responses_extra),
+        ("reasoning mode, budget, visible", "request", "only effort and summary can be said; a budget becomes an effort, off `none`, shown `auto`",
+         responses_reasoning),
+        ("output: name of a schema, fields without one", "request", "a schema needs a name; a JSON object has none", output_said),
+        ("server tools of other dialects; places of tools inside a namespace", "request", "nobody could run them; those of one stand together",
+         responses_tools),
+        ("tool_choice without tools, of a search", "request", "a choice needs tools; a search cannot be forced", responses_choice),
+        ("tools: strict not said, no schema, cache, extra, a search's name, a namespace without description", "request",
+         "strict is false, the schema an empty object, the namespace's name its description", responses_tool_fields),
+        ("server calls of other dialects and their results", "both", "no item for them", responses_unsaid_calls),
+        ("arguments of searches and shells as text", "both", "an object on the wire: spacing is lost", mend_blocks(responses_search_arguments)),
+        ("results of shells and searches: parts, errors, references to tools that are not there", "request", "one text; the tools found",
+         responses_own_results),
+        ("thinking without encrypted state; redacted thinking", "both",
+         "means nothing to upstream, and is refused without an id; comes back as encrypted state", mend_blocks(responses_thinking)),
+        ("images and files the model made; files of plain text; media types beside a URL; a file without a name", "both",
+         "assistant messages hold text only; become text; not sent; document.pdf", mend_blocks(responses_media)),
+        ("a compaction's readable summary", "both", "becomes a user's text; the item of an answer holds encrypted state only", responses_readable),
+        ("opaque blocks of other dialects, ids of our own", "both", "unknown items are not smuggled; plain items have no id on replay",
+         mend_blocks(responses_opaque)),
+        ("results: none, errors of custom calls; references elsewhere", "request", "an empty text; no status; become text", mend_blocks(responses_results)),
+        ("refusals of a user or a result; cache, seal, origin, extra, phases and citations of what is not the model's text, foreign citations", "both",
+         "become text; no slot", mend_blocks(responses_plain)),
+        ("calls, thoughts and opaque items in a user's message, results in the model's; extra of messages", "request", "have one side; no slot",
+         responses_sides),
+        ("stop reasons pause, stop, overflow, tool without a call", "reply", "status and incomplete_details say less", stop_said(cp.RESPONSES)),
+        ("stop_sequence, extra", "reply", "no slot", mend_fields("stop_sequence", "extra")),
+        ("usage not said, billed_nano", "reply", "clients insist on usage; costs are not the client's",
+         mend_fields(usage=lambda r: replace(r.usage or cp.Usage(), billed_nano=None))),
+    )],
+    cp.MESSAGES: [Loss(*row) for row in (
+        ("seed, penalties, logprobs, verbosity, cache_key, metadata", "request", "no such fields",
+         mend_fields("seed", "presence_penalty", "frequency_penalty", "logprobs", "verbosity", "cache_key", "metadata")),
+        ("reasoning: mode not said, a budget that does not fit, beside a forced tool; minimal, summary", "request",
+         "must be asked for; below max_tokens and from 1024; refused; no such words", messages_reasoning),
+        ("max_tokens not said", "request", "required: 16000, plus the thinking budget", messages_max_tokens),
+        ("temperature over 1; sampling beside thinking", "request", "range 0 to 1; refused but for temperature 1 and top_p from 0.95", messages_sampling),
+        ("blank stop sequences", "request", "refused", messages_stops),
+        ("fields of other dialects in extra", "request", "re-emitted by name and type only", messages_extra),
+        ("output without schema; name, strict, description", "request", "no JSON mode without one; no slot", messages_output),
+        ("tools: other dialects' server ones, kind, namespace, grammar, strict false, no schema, extra", "request",
+         "unknown; flattened before; said by silence; an empty object", messages_tools),
+        ("tool_choice and parallel_tools without tools, without each other, beside none", "request", "refused; need one object, whose default is auto",
+         messages_choice),
+        ("developer messages; late system messages; extra of messages", "request", "one system prompt; reminders in the user's turn (DESIGN 8)",
+         messages_sides),
+        ("results: kind; calls: kind, namespace, spelling of arguments, in an answer what is no object", "both", "flattened before; an object on the wire",
+         mend_blocks(messages_calls, False)),
+        ("blocks on the wrong side", "both", "users have media and results, the model thoughts and calls; texts in a system prompt",
+         mend_blocks(messages_misplaced, False)),
+        ("refusals, compactions", "both", "are text; sealed ones a thinking's signature in an answer, nothing in a request",
+         mend_blocks(messages_as_text, False)),
+        ("citations of other dialects, of the web without index", "both", "refused; in an answer OpenAI's are put into its form",
+         mend_blocks(messages_cited, False)),
+        ("files and images: detail, missing media types, base64 of texts, no source at all", "request", "no slot; guessed; sent as text",
+         mend_blocks(messages_media, False)),
+        ("thinking without signature, beside redacted; its id and cache", "both", "refused; a block of its own; no slot",
+         mend_blocks(messages_thinking, False)),
+        ("opaque blocks of other dialects", "both", "unknown blocks are refused", mend_blocks(messages_opaque, False)),
+        ("phase, seal, origin, extra", "both", "no slot; carriers are the hub's", mend_blocks(messages_plain, False)),
+        ("empty texts", "both", "refused", messages_empty),
+        ("late system messages", "request", "are reminders of the user's", messages_late),
+        ("what a user says before results", "request", "results come first", messages_results_first),
+        ("a conversation of system messages only", "request", "a turn is required", messages_a_turn),
+        ("stop reasons nobody knows", "reply", "end", stop_said(cp.MESSAGES)),
+        ("created_at, extra, usage not said", "reply", "no slot; zeros", mend_fields("extra", created_at=lambda r: 0, usage=lambda r: r.usage or cp.Usage())),
+    )],
+    cp.GEMINI: [Loss(*row) for row in (
+        ("late system and developer messages; the developer role; what is no text in a system prompt; extra of messages", "request",
+         "one systemInstruction; later ones are reminders in the user's turn (DESIGN 8)", gemini_system),
+        ("cache breakpoints, phases, item ids, origins, extra, citations and logprobs of the history", "both", "no field", mend_blocks(gemini_plain)),
+        ("refusals, tool references, readable compactions, plain-text files", "both", "become text (a compaction's summary is left out of answers)",
+         mend_blocks(gemini_as_text)),
+        ("images and files by file_id; names of files; image detail but low and high; missing media types", "both",
+         "no field in the Developer API; a media type is required and guessed", mend_blocks(gemini_media)),
+        ("kind and namespace of calls; white space of arguments, empty arguments", "both", "args is an object; flatten() did the rest",
+         mend_blocks(gemini_calls)),
+        ("several texts of a result, their order beside media, is_error false, a result's kind and seal", "both",
+         "response is one object, its media stand beside it", mend_blocks(gemini_results)),
+        ("opaque blocks of other dialects", "both", "unknown", mend_blocks(gemini_opaque_said)),
+        ("redacted thinking; a thinking's own signature beside a seal", "both", "its data travels as a signature; one signature per part",
+         mend_blocks(gemini_thinking)),
+        ("empty texts", "both", "nothing is said by them, and others refuse them", mend_blocks(gemini_empty)),
+        ("calls in a user's, results in the model's message", "request", "have one side", gemini_sides),
+        ("budget beside effort, mode beside them, effort none and max, summary", "request", "one of thinkingBudget and thinkingLevel", gemini_reasoning),
+        ("strict, deferred, grammar, namespace, kind of tools; order of functions and server tools", "request", "no field", gemini_tools_said),
+        ("tool_choice without functions; kind and namespace of a forced tool", "request", "refused", gemini_choice),
+        ("parallel_tools, verbosity, user, metadata, cache_key", "request", "no field",
+         mend_fields("parallel_tools", "verbosity", "user", "metadata", "cache_key")),
+        ("name, strict and description of the output format", "request", "no field",
+         mend_fields(output=lambda r: r.output and cp.OutputFormat(r.output.schema))),
+        ("fields of other dialects, candidateCount", "request", "unknown; one candidate (DESIGN 8)", gemini_extra),
+        ("place of a thought's signature", "reply", "clients drop thoughts, so it rides on the next part", gemini_signatures),
+        ("citations without an url; citations and logprobs of a text that something follows; token ids", "reply", "candidate-wide metadata at the end",
+         gemini_citations),
+        ("the border between neighbouring texts (or thoughts) of the model", "both", "a stream does not tell pieces from parts", gemini_joined),
+        ("meaning of stop words", "reply", "there are fewer", stop_said(cp.GEMINI)),
+        ("created_at, stop_sequence, extra, cache_write, billed_nano", "reply", "no field",
+         mend_fields("stop_sequence", "extra", created_at=lambda r: 0, usage=gemini_usage)),
+    )],
+}
+
+
+def mended(dialect: str, value: Any, met: Optional[set] = None) -> Any:
+    """The value as it comes back from that dialect; `met` learns which rows changed it."""
+    direction = "request" if isinstance(value, cp.Request) else "reply"
+    for row in LOSSES[dialect]:
+        if row.direction in (direction, "both"):
+            after = row.mend(value)
+            if met is not None and after != value:
+                met.add((dialect, row.what))
+            value = after
+    return value
+
+
+# ---------------------------------------------------------------------------- values: how they are said
+
+HubFrames = List[cp.Frame]
+EPHEMERAL = {"type": "ephemeral"}
+PNG = "iVBORw0KGgo="
+TOWN_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "type": {"type": "string"}}, "required": ["city"]}
+LARK = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
+CITED = {"type": "url_citation", "url": "https://x", "title": "X", "start_index": 0, "end_index": 1}
+CITED_TWO = {**CITED, "end_index": 2}
+LOGPROB = {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": [
+    {"token": "é", "logprob": -0.5, "bytes": [195, 169]}, {"token": "e", "logprob": -2, "bytes": [101]}]}
+SOME_USAGE = cp.Usage(100, 20, 60, 10, 5)
+CITY_CALL = cp.ToolCall("call_1", "get_weather", '{"city": "Paris"}')
+CITY_TOOL = cp.Tool("get_weather", "Weather", TOWN_SCHEMA)
+BASH_TOOL = cp.Tool("Bash", "Runs", {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]})
+FOUND_TOOL = cp.Tool("add_up", "Adds", TOWN_SCHEMA, namespace="mcp__calc", deferred=True, strict=False, extra={"namespace_description": "Calculator"})
+SEARCH_TOOL = cp.Tool("tool_search", "Finds tools", {"type": "object", "properties": {"query": {"type": "string"}}}, "search")
+CLAUDE_CODE_USER = json.dumps({"device_id": "0" * 64, "account_uuid": "", "session_id": "s"})
+
+
+def as_blocks(content: Iterable[Any]) -> List[Any]:
+    """Blocks; strings are texts."""
+    return [cp.Text(block) if isinstance(block, str) else block for block in content]
+
+
+def user(*content: Any, **more: Any) -> cp.Message:
+    return cp.Message("user", as_blocks(content), **more)
+
+
+def assistant(*content: Any, **more: Any) -> cp.Message:
+    return cp.Message("assistant", as_blocks(content), **more)
+
+
+def system(*content: Any) -> cp.Message:
+    return cp.Message("system", as_blocks(content))
+
+
+def result(call_id: str, *content: Any, **more: Any) -> cp.ToolResult:
+    return cp.ToolResult(call_id, as_blocks(content), **more)
+
+
+def ask(*messages: cp.Message, **fields: Any) -> cp.Request:
+    return cp.Request("m", list(messages), **fields)
+
+
+def capped(*messages: cp.Message, **fields: Any) -> cp.Request:
+    """A request that says `max_tokens`, as Messages must."""
+    return cp.Request("m", list(messages) or [user("hi")], **{"max_tokens": 100, **fields})
+
+
+def dialogue(*sides: Any, **fields: Any) -> cp.Request:
+    """A conversation of user and assistant in turns; each side is a block or a list of them, or a whole message."""
+    messages = [given if isinstance(given, cp.Message) else cp.Message("assistant" if at % 2 else "user",
+                                                                       as_blocks(given if isinstance(given, list) else [given]))
+                for at, given in enumerate(sides)]
+    return cp.Request("m", cp.canonical(messages), **fields)
+
+
+def answer(*content: Any, **fields: Any) -> cp.Reply:
+    return cp.Reply(**{"id": "resp_1", "model": "gpt-5.4", "created_at": 1772432000, "content": as_blocks(content), "usage": SOME_USAGE, **fields})
+
+
+# ---------------------------------------------------------------------------- values: requests
+
+HUB_REQUESTS: Dict[str, cp.Request] = {
+    "one word": ask(user("hi")),
+    "system": ask(system("be brief"), user("hi")),
+    "system of two": ask(cp.Message("system", [cp.Text("a"), cp.Text("b")]), user("hi")),
+    "developer": ask(cp.Message("developer", [cp.Text("be brief")]), user("hi")),
+    "every role": ask(system("a"), cp.Message("developer", [cp.Text("b")]), user("c"), assistant("d"), user("e")),
+    "late system": ask(user("hi"), assistant("yes"), system("now in French"), user("and?")),
+    "names": ask(user("hi", extra={"name": "ann"}), assistant("yes", extra={"name": "bot"}), cp.Message("system", [cp.Text("x")], {"name": "sys"})),
+    "two texts": ask(user("a", "b"), assistant("c", "d")),
+    "images": ask(user("look", cp.Image("image/png", PNG, detail="high"), cp.Image(url="https://x/y.png"), "and say")),
+    "an image alone": ask(user(cp.Image("image/webp", PNG))),
+    "image by id": ask(user("x", cp.Image(file_id="f"))),
+    "pdf": ask(user(cp.File("application/pdf", PNG, name="a.pdf"), "read")),
+    "file by id": ask(user(cp.File(file_id="file_1"), "read")),
+    "files nobody knows": ask(user(cp.File(url="https://x/a.pdf"), cp.File(text="plain"), cp.File("application/pdf", PNG), "read")),
+    "audio": ask(user(cp.Opaque("input_audio", {"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}), "hear")),
+    "opaque of others": ask(user(cp.Opaque("search_result", {"type": "search_result"}), "x")),
+    "a call": ask(user("weather?"), assistant(CITY_CALL), user(result("call_1", "sunny")), assistant("Sunny."), tools=[CITY_TOOL]),
+    "text and calls": ask(user("weather?"), assistant("look", CITY_CALL, cp.ToolCall("call_2", "f", "{}")),
+                          user(result("call_1", "a"), result("call_2", "b"), "go on")),
+    "named result": ask(user("x"), assistant(CITY_CALL), user(result("call_1", "a", extra={"name": "get_weather"}))),
+    "result of two texts": ask(user("x"), assistant(CITY_CALL), user(result("call_1", "a", "b"))),
+    "empty result": ask(user("x"), assistant(CITY_CALL), user(result("call_1"))),
+    "empty text result": ask(user("x"), assistant(CITY_CALL), user(result("call_1", ""))),
+    "failed result": ask(user("x"), assistant(CITY_CALL), user(result("call_1", "bad", is_error=True))),
+    "rich results": ask(user("x"), assistant(CITY_CALL, cp.ToolCall("call_2", "f", "{}")), user("before", result("call_1", "shot", cp.Image("image/png", PNG)),
+                                                                                                "between",
+                                                                                                result("call_2", cp.File("application/pdf", PNG, name="a")),
+                                                                                                "after")),
+    "references": ask(user("x"), assistant(CITY_CALL), user(result("call_1", cp.ToolReference("found")))),
+    "call after text after call": ask(user("x"), assistant(CITY_CALL, "and", cp.ToolCall("c2", "f", "")), user(result("call_1", "a"), result("c2", "b"))),
+    "empty words beside a call": ask(user("x"), assistant("", CITY_CALL), user(result("call_1", "a"))),
+    "custom": ask(user("x"), assistant(cp.ToolCall("c", "apply_patch", "*** Begin", "custom")), user(result("c", "ok")),
+                  tools=[cp.Tool("apply_patch", "Patches", kind="custom", grammar=LARK), cp.Tool("free", kind="custom", grammar={"type": "text"}),
+                         cp.Tool("any", kind="custom")]),
+    "other kinds": ask(user("x"), assistant(cp.ToolCall("s", "tool_search", "{}", "search"), cp.ToolCall("n", "f", "{}", namespace="ns"),
+                                            cp.ToolCall("w", "web_search", "{}", "server")),
+                       user(result("s", cp.ToolReference("a"), kind="search"), result("n", "x"), result("w", "x", kind="server")),
+                       tools=[cp.Tool("tool_search", kind="search"), cp.Tool("f", None, TOWN_SCHEMA, namespace="ns", deferred=True, strict=True),
+                              cp.Tool("web_search", kind="server")]),
+    "strict tools": ask(user("x"), tools=[replace(CITY_TOOL, strict=True), cp.Tool("f", None, TOWN_SCHEMA, strict=False), cp.Tool("bare")],
+                        parallel_tools=False),
+    "thinking": ask(user("x"), assistant(cp.Thinking("plan", "EpQE"), "done"), user("more")),
+    "thinking at a call": ask(user("x"), assistant(cp.Thinking("", "EpQE"), CITY_CALL), user(result("call_1", "a"))),
+    "thinking alone": ask(user("x"), assistant(cp.Thinking("plan")), user("more")),
+    "two thoughts": ask(user("x"), assistant(cp.Thinking("a", "s1", id="rs"), "b", cp.Thinking("c", "s2"), CITY_CALL), user(result("call_1", "a"))),
+    "redacted": ask(user("x"), assistant(cp.Thinking(redacted="EmX"), "done"), user("more")),
+    "sealed call": ask(user("x"), assistant("a", replace(CITY_CALL, seal="g1"), cp.ToolCall("c2", "f", "{}", seal="g2")),
+                       user(result("call_1", "a"), result("c2", "b"))),
+    "refusal": ask(user("bad"), assistant(cp.Refusal("I cannot")), user("why")),
+    "words and refusal": ask(user("bad"), assistant("well", cp.Refusal("no")), user("why")),
+    "compaction": ask(user("a"), assistant(cp.Compaction(summary="so far"), "yes"), user("go on", cp.Compaction(summary="and then"))),
+    "sealed compaction": ask(assistant(cp.Compaction("gAAA", id="cmp_1")), user("go on")),
+    "citations": ask(user("a"), assistant(cp.Text("b", [{"type": "url_citation", "url": "https://x", "title": "X", "start_index": 0, "end_index": 1}])),
+                     user("c")),
+    "cache": ask(cp.Message("system", [cp.Text("a", cache={"type": "ephemeral"})]), user(cp.Text("b", phase="commentary", cache={"type": "ephemeral"}))),
+    "sampling": ask(user("a"), stream=True, max_tokens=7, temperature=0.5, top_p=0.9, logprobs=3, seed=7, top_k=4, stop=["x", "y"], presence_penalty=0.1,
+                    frequency_penalty=0.2),
+    "one stop": ask(user("a"), stop=["x"], logprobs=0, temperature=0),
+    "schema": ask(user("a"), output=cp.OutputFormat(TOWN_SCHEMA, "city", True, "A city"), verbosity="low"),
+    "json": ask(user("a"), output=cp.OutputFormat()),
+    "nameless schema": ask(user("a"), output=cp.OutputFormat(TOWN_SCHEMA)),
+    "who": ask(user("a"), user="u", metadata={"k": "v"}, cache_key="session", extra={"logit_bias": {"5": 1}, "store": False, "truncation": "auto",
+                                                                                     "service_tier": "flex", "context_management": {},
+                                                                                     "prediction": {"type": "content", "content": "x"}}),
+    "effort": ask(user("a"), reasoning=cp.Reasoning(effort="high")),
+    "no effort": ask(user("a"), reasoning=cp.Reasoning(effort="none")),
+    "budget": ask(user("a"), reasoning=cp.Reasoning(mode="on", budget=9000)),
+    "both": ask(user("a"), reasoning=cp.Reasoning("on", "low", 9000)),
+    "off": ask(user("a"), reasoning=cp.Reasoning(mode="off")),
+    "adaptive": ask(user("a"), reasoning=cp.Reasoning("adaptive", "high", None, True, "auto")),
+    "system with picture": ask(cp.Message("system", [cp.Text("a"), cp.Image(url="https://x/y.png")]), user("hi")),
+    "empty system": ask(system(""), user("hi")),
+    "turns": ask(user("a"), assistant("b"), user("c"), assistant("d"), user("e")),
+    "images (responses)": ask(user("look", cp.Image("image/png", PNG, detail="low"), cp.Image(url="https://x/y.png"),
+                                   cp.Image(file_id="file_1", detail="high"))),
+    "files": ask(user(cp.File("application/pdf", PNG, name="a.pdf"), cp.File(url="https://x/y.pdf"), cp.File(file_id="file_2", name="b"))),
+    "file without name": ask(user(cp.File("application/pdf", PNG))),
+    "text file": ask(user(cp.File("text/plain", text="plain", name="a.txt"))),
+    "raw file": ask(user(cp.File(None, PNG, name="a.pdf"))),
+    "a call (responses)": ask(user("weather?"), assistant("let me see", CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("sunny")])), assistant("sunny")),
+    "parallel calls": ask(user("w"), assistant(CITY_CALL, cp.ToolCall("call_2", "f", "{}")),
+                          user(cp.ToolResult("call_2", [cp.Text("2")]), cp.ToolResult("call_1", [cp.Text("1")]), "go on")),
+    "rich result": ask(user("w"), assistant(CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("a"), cp.Image("image/png", PNG),
+                                                                                      cp.File("application/pdf", PNG, name="x.pdf")], True))),
+    "error and success": ask(user("w"), assistant(CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("no")], True)), assistant(cp.ToolCall("call_2", "f", "{}")),
+                             user(cp.ToolResult("call_2", [cp.Text("yes")], False))),
+    "empty result (responses)": ask(user("w"), assistant(CITY_CALL), user(cp.ToolResult("call_1", []))),
+    "two texts in a result": ask(user("w"), assistant(CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("a"), cp.Text("b")]))),
+    "custom call": ask(user("patch"), assistant(cp.ToolCall("c", "apply_patch", "*** Begin", "custom")),
+                       user(cp.ToolResult("c", [cp.Text("done")], kind="custom")), tools=[cp.Tool("apply_patch", "Edits", kind="custom", grammar=LARK)]),
+    "code mode": ask(user("run"), assistant(cp.ToolCall("c", "exec", "1+1", "custom", "functions")), user(cp.ToolResult("c", [cp.Text("2")], kind="custom")),
+                     tools=[cp.Tool("exec", kind="custom", namespace="functions", extra={"namespace_description": "Code"}),
+                            cp.Tool("wait", schema=TOWN_SCHEMA, strict=False, namespace="functions", extra={"namespace_description": "Code"}),
+                            cp.Tool("plain", "d", TOWN_SCHEMA, strict=True)]),
+    "search": ask(user("add"), assistant(cp.ToolCall("s", "tool_search", '{"query":"add"}', "search")),
+                  user(cp.ToolResult("s", [cp.ToolReference("add_up", extra={"namespace": "mcp__calc"})], kind="search")),
+                  assistant(cp.ToolCall("c", "add_up", "{}", namespace="mcp__calc")), user(cp.ToolResult("c", [cp.Text("3")])),
+                  tools=[SEARCH_TOOL, FOUND_TOOL]),
+    "shell": ask(user("ls"), assistant(cp.ToolCall("l", "local_shell", '{"type":"exec","command":["ls"],"env":{}}', "server")),
+                 user(cp.ToolResult("l", [cp.Text("a")], kind="server")), tools=[cp.Tool("local_shell", kind="server")]),
+    "hosted tools": ask(user("news"), tools=[cp.Tool("web_search", kind="server", extra={"external_web_access": True,
+                                                                                         "user_location": {"type": "approximate", "country": "FR"}}),
+                                             cp.Tool("web_search_20250305", kind="server"), cp.Tool("mcp", kind="server", extra={"server_label": "a"}),
+                                             cp.Tool("mcp", kind="server", extra={"server_label": "b"})]),
+    "reasoning": ask(user("think"), assistant(cp.Thinking("**Plan**\n\nfirst", "gAAA", id="rs_1"), "done"), user("more"),
+                     reasoning=cp.Reasoning(effort="high", summary="detailed", visible=True)),
+    "reasoning without id": ask(user("think"), assistant(cp.Thinking("", "gAAA"), CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("x")]))),
+    "unsigned thinking": ask(user("think"), assistant(cp.Thinking("hm"), "done"), user("more")),
+    "redacted (responses)": ask(user("think"), assistant(cp.Thinking(redacted="EmX"), "done"), user("more")),
+    "readable compaction": ask(assistant(cp.Compaction(summary="so far"), "yes"), user("go on")),
+    "trigger and reference": ask(user("a"), cp.Message("developer", [cp.Opaque("item_reference", {"type": "item_reference", "id": "rs_9"}),
+                                                                     cp.Opaque("compaction_trigger", {"type": "compaction_trigger"})])),
+    "web search call": ask(user("a"), assistant(cp.Opaque("web_search_call", {"type": "web_search_call", "id": "ws_1", "status": "completed",
+                                                                              "action": {"type": "search", "query": "x"}}), "b"), user("c")),
+    "phases": ask(user("a"), assistant(cp.Text("thinking aloud", phase="commentary"), CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("x")])),
+                  assistant(cp.Text("so", phase="commentary"), cp.Text("answer", phase="final_answer"), cp.Text("more", phase="final_answer")), user("ok")),
+    "foreign citations": ask(user("a"), assistant(cp.Text("bcd", citations=[{"type": "web_search_result_location", "url": "https://x", "title": "X"},
+                                                                            {"type": "char_location"}])), user("c")),
+    "audio (responses)": ask(user(cp.Opaque("input_audio", {"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}))),
+    "sampling (responses)": ask(user("a"), stream=True, max_tokens=7, temperature=0.5, top_p=0.9, logprobs=3, seed=7, top_k=4, stop=["x"], presence_penalty=0.1,
+                                frequency_penalty=0.2),
+    "own logprob": ask(user("a"), logprobs=0),
+    "names (responses)": ask(user("a"), user="u", metadata={"k": "v"}, cache_key="session", parallel_tools=False,
+                             extra={"truncation": "auto", "include": ["file_search_call.results"], "logit_bias": {}, "context_management": {"edits": []},
+                                    "reasoning": {"context": "all_turns"}, "service_tier": "standard_only"}),
+    "stream": capped(stream=True),
+    "system cached": capped(system("billing", cp.Text("prompt", cache={"type": "ephemeral", "ttl": "1h"})), user("hi")),
+    "turns (messages)": capped(user("a"), assistant("b"), user("c")),
+    "user cached": capped(user("<system-reminder>x</system-reminder>", cp.Text("go", cache=EPHEMERAL))),
+    "image base64": capped(user(cp.Image("image/png", "AAAA"), "what?")),
+    "image url": capped(user(cp.Image(url="https://x/y.png", cache=EPHEMERAL))),
+    "image file": capped(user(cp.Image(file_id="file_1"))),
+    "pdf (messages)": capped(user("read", cp.File("application/pdf", "JVBERi0=", name="a.pdf"))),
+    "document url": capped(user(cp.File(url="https://x/a.pdf", name="t", extra={"context": "c", "citations": {"enabled": True}}))),
+    "document text": capped(user(cp.File("text/plain", text="body", cache=EPHEMERAL))),
+    "document file": capped(user(cp.File(file_id="file_2"))),
+    "tools": capped(tools=[BASH_TOOL, cp.Tool("noargs", None, {"type": "object", "properties": {}}, cache=EPHEMERAL)]),
+    "deferred tools": capped(tools=[BASH_TOOL, cp.Tool("DeferredToolPlaceholder", "d", {"type": "object"}, deferred=True),
+                                    cp.Tool("x", "d", {"type": "object"}, deferred=False, strict=True, extra={"eager_input_streaming": True})]),
+    "server tool": capped(tools=[cp.Tool("web_search", None, None, kind="server", extra={"type": "web_search_20250305", "name": "web_search", "max_uses": 8})],
+                          tool_choice=cp.ToolChoice("auto")),
+    "choice any alone": capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("required"), parallel_tools=False),
+    "choice tool": capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("tool", "Bash"), parallel_tools=True),
+    "choice none": capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("none")),
+    "choice auto": capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("auto")),
+    "call and result": capped(user(cp.Text("go")), assistant(cp.Text("ok"), cp.ToolCall("t1", "Bash", '{"command":"ls"}')),
+                              user(cp.ToolResult("t1", [cp.Text("a\nb")]))),
+    "parallel results out of order, text behind": capped( user(cp.Text("go")), assistant(cp.ToolCall("t1", "Bash", "{}"),
+                                                                                         cp.ToolCall("t2", "Bash", '{"a":[1,2.5,"é"]}', cache=EPHEMERAL)),
+                                                         user(cp.ToolResult("t2", [cp.Text("b")], False),
+                                                              cp.ToolResult("t1", [cp.Text("a")], True, cache=EPHEMERAL), cp.Text("and now?"))),
+    "rich results (messages)": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "Read", "{}"), cp.ToolCall("t2", "Find", "{}"),
+                                                                     cp.ToolCall("t3", "X", "{}")),
+                                      user(cp.ToolResult("t1", [cp.Text("page"), cp.File("application/pdf", "AAAA"), cp.Image("image/jpeg", "BBBB")]),
+                                           cp.ToolResult("t2", [cp.ToolReference("mcp__a__b"), cp.ToolReference("c")]), cp.ToolResult("t3", []))),
+    "result text with cache": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "{}")), user(cp.ToolResult("t1", [cp.Text("x", cache=EPHEMERAL)]))),
+    "arguments that are no object": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "[1"), cp.ToolCall("t2", "R", "[1]"),
+                                                                          cp.ToolCall("t3", "R", '{"a":NaN}')), user(cp.ToolResult("t1", [cp.Text("")]))),
+    "thinking history": capped(user("q"), assistant(cp.Thinking("hm", "sig"), cp.Thinking(redacted="data"), cp.Thinking("", "sig2"), "a"), user("b")),
+    "server blocks": capped(user("q"), assistant( cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "web_search",
+                                                                                "input": {"query": "x"}}),
+                                                 cp.Opaque("web_search_tool_result", {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}),
+                                                 cp.Text("found", [{"type": "web_search_result_location", "url": "u", "title": "t", "cited_text": "c",
+                                                                    "encrypted_index": "e"}])), user("b")),
+    "search result": capped(user(cp.Opaque("search_result", {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "x"}]}),
+                                 "q"), assistant(cp.Text("a", [{"type": "search_result_location", "source": "s", "title": "t"}])), user("b")),
+    "enabled": capped(max_tokens=32000, reasoning=cp.Reasoning("on", None, 31999, False)),
+    "enabled with effort": capped(max_tokens=32000, reasoning=cp.Reasoning("on", "high", 8000, True)),
+    "adaptive (messages)": capped(reasoning=cp.Reasoning("adaptive", "xhigh", visible=False)),
+    "adaptive shown": capped(reasoning=cp.Reasoning("adaptive", visible=True)),
+    "disabled": capped(reasoning=cp.Reasoning("off"), temperature=1),
+    "sampling (messages)": capped(temperature=0.5, top_p=0.25, top_k=40, stop=["</block>", "x"]),
+    "structure": capped(output=cp.OutputFormat({"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}),
+                        reasoning=cp.Reasoning("adaptive", "max")),
+    "claude code": capped(user=CLAUDE_CODE_USER, extra={"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, "speed": "fast",
+                                                        "cache_control": EPHEMERAL}),
+    "developer first": dialogue(cp.Message("developer", [cp.Text("a")]), cp.Message("user", [cp.Text("hi")])),
+    "late system (gemini)": dialogue(cp.Message("user", [cp.Text("hi")]), system("now"), cp.Message("assistant", [cp.Text("ok")]),
+                                     cp.Message("developer", [cp.Text("<system-reminder>x</system-reminder>")])),
+    "turns (gemini)": dialogue("a", "b", ["c", "d"]),
+    "tools (gemini)": dialogue("w", tools=[CITY_TOOL, cp.Tool("now")], tool_choice=cp.ToolChoice("auto")),
+    "forced": dialogue("w", tools=[CITY_TOOL], tool_choice=cp.ToolChoice("tool", "get_weather")),
+    "required": dialogue("w", tools=[CITY_TOOL], tool_choice=cp.ToolChoice("required")),
+    "none": dialogue("w", tools=[CITY_TOOL], tool_choice=cp.ToolChoice("none")),
+    "choice alone": dialogue("w", tool_choice=cp.ToolChoice("required")),
+    "search (gemini)": dialogue("w", tools=[CITY_TOOL, cp.Tool("googleSearch", kind="server"), cp.Tool("googleMaps", kind="server", extra={"x": 1}),
+                                            cp.Tool("web_search", kind="server")]),
+    "call": dialogue("w", [cp.Text("let me"), cp.ToolCall("c1", "get_weather", '{"city":"Paris"}', seal="S")], [cp.ToolResult("c1", [cp.Text("sunny")])]),
+    "parallel": dialogue("w", [cp.ToolCall("c1", "f", "{}", seal="S"), cp.ToolCall("c2", "f", '{"a":[1,2.5,null]}')],
+                         [cp.ToolResult("c2", [cp.Text("2")]), cp.ToolResult("c1", [cp.Text("1")], is_error=True)]),
+    "result image": dialogue("w", [cp.ToolCall("c1", "f", "{}")], [cp.ToolResult("c1", [cp.Text("see"), cp.Image("image/png", "AAAA")]),
+                                                                   cp.Image("image/png", "BBBB"), cp.Text("mine")]),
+    "result texts": dialogue("w", [cp.ToolCall("c1", "f", "{ }")], [cp.ToolResult("c1", [cp.Text("a"), cp.Image(url="https://x/y.webp"), cp.Text("b"),
+                                                                                         cp.File(text="t")], is_error=False)]),
+    "result empty": dialogue("w", [cp.ToolCall("c1", "f", "")], [cp.ToolResult("c1", []), cp.Text("go on")]),
+    "orphan": dialogue([cp.ToolResult("c9", [cp.Text("x")]), cp.Text("y")]),
+    "raw arguments": dialogue("w", [cp.ToolCall("c1", "f", "not json"), cp.ToolCall("c2", "g", "[1]"), cp.ToolCall("c3", "h", '{"a":NaN}')],
+                              [cp.ToolResult("c1", [cp.Text("x")])]),
+    "images (gemini)": dialogue([cp.Image("image/jpeg", "AAAA", detail="low"), cp.Image(url="https://x/a.png?b=1"),
+                                 cp.Image("image/png", "AAAA", detail="auto"), cp.Image(file_id="f")]),
+    "files (gemini)": dialogue([cp.File("application/pdf", "AAAA"), cp.File(url="https://x/a"), cp.File(text="plain", name="n"),
+                                cp.File(data="AAAA", name="x.pdf"), cp.File("audio/wav", "AAAA", extra={"videoMetadata": {"fps": 1}})]),
+    "thinking (gemini)": dialogue("a", [cp.Thinking("hm", "SIG"), cp.Thinking("more"), cp.Text("b", seal="T")], "c"),
+    "redacted (gemini)": dialogue("a", [cp.Thinking(redacted="R"), cp.Text("b")], "c"),
+    "texts": dialogue("a", [cp.Text("b"), cp.Text("c", seal="S"), cp.Text("d"), cp.Text("e", seal="T")], "f"),
+    "opaque": dialogue("a", [cp.Opaque("executableCode", {"executableCode": {"language": "PYTHON", "code": "1"}}, seal="S"),
+                             cp.Opaque("codeExecutionResult", {"codeExecutionResult": {"outcome": "OUTCOME_OK"}}), cp.Opaque("x", {"x": 1}), "t"], "b"),
+    "compaction (gemini)": dialogue([cp.Compaction(summary="so far"), cp.Text("go")]),
+    "sealed compaction (gemini)": dialogue([cp.Compaction("gAA"), cp.Text("go")]),
+    "refusal (gemini)": dialogue("a", cp.Refusal("no"), "b"),
+    "reference": dialogue("w", [cp.ToolCall("c1", "f", "{}")], [cp.ToolResult("c1", [cp.ToolReference("t")])]),
+    "unicode": dialogue("naïve 🙂 \u2028 \ud83d", 'q"\\\n'),
+    "sampling (gemini)": dialogue("a", max_tokens=5, temperature=0.2, top_p=0.9, top_k=40, seed=7, presence_penalty=0.1, frequency_penalty=-0.1,
+                                  stop=["x", "y"], logprobs=3),
+    "stop none": dialogue("a", stop=[]),
+    "zeroes": dialogue("a", temperature=0, seed=0),
+    "schema (gemini)": dialogue("a", output=cp.OutputFormat(TOWN_SCHEMA, "n", True, "d")),
+    "empty schema": dialogue("a", output=cp.OutputFormat({})),
+    "budget (gemini)": dialogue("a", reasoning=cp.Reasoning("on", budget=1024, visible=True)),
+    "adaptive (gemini)": dialogue("a", reasoning=cp.Reasoning("adaptive", visible=False)),
+    "max": dialogue("a", reasoning=cp.Reasoning(effort="max")),
+    "on": dialogue("a", reasoning=cp.Reasoning("on")),
+    "summary": dialogue("a", reasoning=cp.Reasoning(summary="auto", visible=True, effort="low")),
+    "both (gemini)": dialogue("a", reasoning=cp.Reasoning("on", "low", 2000)),
+    "others": dialogue("a", parallel_tools=False, verbosity="low", user="u", metadata={"a": 1}, cache_key="k"),
+    "extra": dialogue("a", extra={"safetySettings": [{"category": "C", "threshold": "BLOCK_NONE"}], "cachedContent": "c", "labels": {"a": "b"}, "store": True,
+                                  "generationConfig": {"mediaResolution": "MEDIA_RESOLUTION_LOW", "candidateCount": 2}}),
+    "cache (gemini)": dialogue([cp.Text("a", cache={"type": "ephemeral"}), cp.Image("image/png", "AAAA", cache={"type": "ephemeral"})]),
+    "phase": dialogue("a", cp.Text("b", phase="commentary"), "c"),
+    "nothing": cp.Request("m", []),
+    "empty text": dialogue(["", "a", ""]),
+    "response schema of a tool": dialogue("w", tools=[cp.Tool("f", schema=TOWN_SCHEMA, extra={"response": {"type": "STRING"}, "behavior": "BLOCKING"})]),
+    "custom kinds": dialogue("w", [cp.ToolCall("c1", "exec", "1+1", "custom"), cp.ToolCall("c2", "s", '{"query":"q"}', "search", "ns")],
+                             [cp.ToolResult("c1", [cp.Text("2")], kind="custom")], tools=[cp.Tool("exec", kind="custom", grammar={})]),
+}
+
+for label, choice in (("auto", cp.ToolChoice("auto")), ("none", cp.ToolChoice("none")), ("required", cp.ToolChoice("required")),
+                      ("function", cp.ToolChoice("tool", "f")),
+                      ("custom", cp.ToolChoice("tool", "p", kind="custom")), ("namespaced", cp.ToolChoice("tool", "f", "ns")),
+                      ("hosted", cp.ToolChoice("tool", "web_search", kind="server")), ("search", cp.ToolChoice("tool", "tool_search", kind="search"))):
+    HUB_REQUESTS[f"choice {label}"] = ask(user("a"), tools=[cp.Tool("f", "d", TOWN_SCHEMA, strict=False), SEARCH_TOOL], tool_choice=choice)
+
+# ---------------------------------------------------------------------------- values: answers
+
+HUB_REPLIES: Dict[str, cp.Reply] = {
+    "a word": answer("hi"),
+    "nothing": answer(),
+    "an empty text": answer(""),
+    "unicode": answer('é\u2028\u0000"\\日本😀'),
+    "two texts": answer("a", "b"),
+    "a refusal": answer(cp.Refusal("no")),
+    "text and refusal": answer("well", cp.Refusal("no")),
+    "thinking": answer(cp.Thinking("plan", "EpQE"), "done"),
+    "silent thinking": answer(cp.Thinking("", "EpQE"), "done"),
+    "unsigned": answer(cp.Thinking("hm"), "done"),
+    "thinking alone": answer(cp.Thinking("hm", "s")),
+    "redacted": answer(cp.Thinking(redacted="EmX"), "x"),
+    "with id": answer(cp.Thinking("a", "s", id="rs_1"), "x"),
+    "thinking and calls": answer(cp.Thinking("plan", "EpQE"), "look", CITY_CALL, cp.ToolCall("c2", "f", "{}"), stop_reason="tool"),
+    "thinking twice": answer(cp.Thinking("a", "s1"), "b", cp.Thinking("c", "s2"), CITY_CALL, stop_reason="tool"),
+    "a call": answer(CITY_CALL, stop_reason="tool"),
+    "a call without arguments": answer(cp.ToolCall("c", "f", ""), stop_reason="tool"),
+    "text after a call": answer("a", CITY_CALL, "b", stop_reason="tool"),
+    "a sealed call": answer("a", replace(CITY_CALL, seal="g1"), stop_reason="tool"),
+    "custom": answer(cp.ToolCall("c", "apply_patch", "*** \"Begin\"\n\u2028é", "custom"), stop_reason="tool"),
+    "empty custom": answer(cp.ToolCall("c", "x", "", "custom"), stop_reason="tool"),
+    "other kinds": answer(cp.ToolCall("s", "tool_search", '{"query":"é"}', "search"), cp.ToolCall("n", "f", "{}", namespace="ns"), stop_reason="tool"),
+    "length": answer("cut", stop_reason="length"),
+    "cut call": answer(cp.ToolCall("c", "f", '{"a'), stop_reason="length"),
+    "filter": answer("x", stop_reason="filter"),
+    "stop": answer("x", stop_reason="stop", stop_sequence="END"),
+    "pause": answer("x", stop_reason="pause"),
+    "overflow": answer("x", stop_reason="overflow"),
+    "end with a call": answer(CITY_CALL, stop_reason="end"),
+    "tool without a call": answer("x", stop_reason="tool"),
+    "citations": answer(cp.Text("b", [CITED])),
+    "foreign citations": answer(cp.Text("bcd", [{"type": "web_search_result_location", "url": "https://x", "title": "X"}, {"type": "char_location"}])),
+    "citations in the second": answer("abc", cp.Text("d", [CITED])),
+    "logprobs": answer(cp.Text("b", extra={"logprobs": [{"token": "b", "logprob": -0.1, "bytes": [98], "top_logprobs": []}]})),
+    "no usage": answer("x", usage=None),
+    "billed": answer("x", usage=replace(SOME_USAGE, billed_nano=5)),
+    "compaction": answer(cp.Compaction("gAAA"), "x"),
+    "opaque and image": answer(cp.Opaque("web_search_call", {"type": "web_search_call"}), "x", cp.Image("image/png", PNG)),
+    "nameless": answer("x", id="", model="", created_at=0),
+    "thinking (responses)": answer(cp.Thinking("**Plan**\n\nfirst", "gAAA", id="rs_1"), "done"),
+    "silent thinking (responses)": answer(cp.Thinking("", "gAAA", id="rs_1"), "done"),
+    "text and calls": answer("look", CITY_CALL, cp.ToolCall("c2", "f", "", namespace="ns"), stop_reason="tool"),
+    "custom in namespace": answer(cp.ToolCall("c", "exec", "1", "custom", "functions"), stop_reason="tool"),
+    "search": answer(cp.ToolCall("s", "tool_search", '{"query":"é"}', "search"), stop_reason="tool"),
+    "shell": answer(cp.ToolCall("l", "local_shell", '{"type":"exec","command":["ls"],"env":{}}', "server"), stop_reason="tool"),
+    "filter (responses)": answer("", stop_reason="filter"),
+    "compaction (responses)": answer(cp.Compaction("gAAA", id="cmp_1"), "x"),
+    "compaction of another": answer(cp.Compaction(summary="so far"), "x"),
+    "web search": answer(cp.Opaque("web_search_call", {"type": "web_search_call", "id": "ws_1", "status": "completed",
+                                                       "action": {"type": "search", "query": "x"}}), "found"),
+    "phases": answer(cp.Text("a", phase="commentary"), CITY_CALL, cp.Text("b", phase="final_answer"), cp.Text("c", phase="final_answer"), stop_reason="tool"),
+    "citations (responses)": answer(cp.Text("b", citations=[{"type": "url_citation", "url": "https://x", "title": "X", "start_index": 0, "end_index": 1}]),
+                                    "c"),
+    "an image": answer("x", cp.Image("image/png", PNG)),
+    "long (responses)": answer("w " * 3000, cp.Thinking("t" * 2000, "s", id="rs_2"), cp.ToolCall("c", "f", json.dumps({"a": "b" * 2000})), stop_reason="tool"),
+    "text": cp.Reply("msg_1", "m", content=[cp.Text("hello")], usage=cp.Usage(10, 2)),
+    "unicode (messages)": cp.Reply("msg_1", "m", content=[cp.Text("é漢\U0001f600\u2028\n\"\\\x01")], usage=cp.Usage(10, 2)),
+    "half an emoji": cp.Reply("msg_1", "m", content=[cp.Text("\ud83d")], usage=cp.Usage(10, 2)),
+    "thinking (messages)": cp.Reply("msg_1", "m", content=[cp.Thinking("hm", "sig"), cp.Text("a")], usage=cp.Usage(10, 9, reasoning=7)),
+    "thinking unsigned": cp.Reply("msg_1", "m", content=[cp.Thinking("hm"), cp.Text("a")], usage=cp.Usage(10, 9)),
+    "signature only": cp.Reply("msg_1", "m", content=[cp.Thinking("", "sig"), cp.Text("a")], usage=cp.Usage(10, 9)),
+    "redacted (messages)": cp.Reply("msg_1", "m", content=[cp.Thinking(redacted="abc"), cp.Text("a")], usage=cp.Usage(10, 9)),
+    "tool": cp.Reply("msg_1", "m", content=[cp.Text("ok"), cp.ToolCall("t1", "Bash", '{"command":"ls -l","n":1}')], stop_reason="tool", usage=cp.Usage(10, 9)),
+    "tools": cp.Reply("msg_1", "m", content=[cp.ToolCall("t1", "A", "{}"), cp.ToolCall("t2", "B", '{"é":[1.5]}', extra={"caller": {"type": "direct"}})],
+                      stop_reason="tool", usage=cp.Usage(10, 9)),
+    "length (messages)": cp.Reply("msg_1", "m", content=[cp.Text("a")], stop_reason="length", usage=cp.Usage(10, 9)),
+    "stop sequence": cp.Reply("msg_1", "m", content=[cp.Text("<block>no")], stop_reason="stop", stop_sequence="</block>", usage=cp.Usage(10, 9)),
+    "filter (messages)": cp.Reply("msg_1", "m", content=[cp.Text("no")], stop_reason="filter", usage=cp.Usage(10, 9)),
+    "pause (messages)": cp.Reply("msg_1", "m", content=[cp.Text("no")], stop_reason="pause", usage=cp.Usage(10, 9)),
+    "overflow (messages)": cp.Reply("msg_1", "m", content=[cp.Text("no")], stop_reason="overflow", usage=cp.Usage(10, 9)),
+    "usage": cp.Reply("msg_1", "m", content=[cp.Text("a")], usage=cp.Usage(1000, 50, 700, 200, 30, 6375000)),
+    "web search (messages)": cp.Reply("msg_1", "m", content=[ cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "web_search",
+                                                                                            "input": {"query": "x"}}),
+                                                             cp.Opaque("web_search_tool_result", {"type": "web_search_tool_result", "tool_use_id": "s",
+                                                                                                  "content": [ {"type": "web_search_result", "url": "u", "title": "t", "page_age": None, "encrypted_content": "e"}]}), cp.Text("found", [{"type": "web_search_result_location", "url": "u", "title": "t", "cited_text": "c", "encrypted_index": "e"}, {"type": "char_location", "cited_text": "x", "document_index": 0, "document_title": None, "start_char_index": 0, "end_char_index": 1, "file_id": None}])], usage=cp.Usage(10, 9)),
+    "text (gemini)": answer("Hello"),
+    "thinking (gemini)": answer(cp.Thinking("hm", "SIG"), "b"),
+    "unsigned (gemini)": answer(cp.Thinking("hm"), "b"),
+    "redacted (gemini)": answer(cp.Thinking(redacted="R"), "b", stop_reason="length"),
+    "thinking and call": answer(cp.Thinking("hm", "SIG"), "let me", cp.ToolCall("c1", "f", '{"a":1}'), stop_reason="tool"),
+    "sealed calls": answer(cp.Thinking("hm", "SIG"), cp.ToolCall("c1", "f", '{"a":1}', seal="S1"), cp.ToolCall("c2", "f", "{}", seal="S2"), stop_reason="tool"),
+    "thinking last": answer("a", cp.Thinking("hm", "SIG")),
+    "two thoughts": answer(cp.Thinking("a", "S1"), cp.Thinking("b", "S2"), "c"),
+    "many thoughts": answer(cp.Thinking("a"), cp.Thinking("b"), cp.Thinking("", "S"), cp.Thinking("", "T"), cp.ToolCall("c", "f", "{}"), stop_reason="tool"),
+    "sealed text": answer(cp.Text("b", seal="S"), cp.Text("c"), cp.Text("d", seal="T")),
+    "empty text": answer(cp.Thinking("", "S"), "", cp.ToolCall("c", "f", "{}"), stop_reason="tool"),
+    "texts": answer("a", "b", cp.ToolCall("c1", "f", "nope"), "c", stop_reason="tool"),
+    "refusal": answer(cp.Refusal("no"), stop_reason="filter"),
+    "citations (gemini)": answer(cp.Text("héllo wörld", [CITED_TWO, {**CITED_TWO, "url": "https://y", "start_index": 6, "end_index": 11}])),
+    "cited then called": answer(cp.Text("ab", [CITED_TWO]), cp.ToolCall("c1", "f", "{}"), cp.Text("é cd", [{**CITED_TWO, "title": None}, {"type": "other"}]),
+                                stop_reason="tool"),
+    "web citation": answer("x", cp.Text("ab", [{"type": "web_search_result_location", "url": "u", "title": "t", "cited_text": "c"}])),
+    "logprobs (gemini)": answer(cp.Text("é", extra={"logprobs": [LOGPROB]})),
+    "logprobs then call": answer(cp.Text("é", extra={"logprobs": [LOGPROB]}), cp.ToolCall("c", "f", "{}"), stop_reason="tool"),
+    "stop sequence (gemini)": answer("a", stop_reason="stop", stop_sequence="x"),
+    "pause (gemini)": answer("a", stop_reason="pause"),
+    "overflow (gemini)": answer("a", stop_reason="overflow"),
+    "image": answer("see", cp.Image("image/png", "AAAA", seal="S"), cp.File("application/pdf", "AAAA")),
+    "opaque": answer(cp.Opaque("executableCode", {"executableCode": {"code": "1"}}), cp.Opaque("web_search_call", {"type": "web_search_call"}), "a"),
+    "compaction (gemini)": answer(cp.Compaction("gAA", "sum"), "a"),
+    "cache written": answer("a", usage=cp.Usage(10, 5, 2, 3, 0, 77), created_at=5, extra={"x": 1}),
+    "unicode (gemini)": answer("naïve 🙂 \u2028 \ud83d end", cp.ToolCall("c", "f", '{"é":"\\ud83d"}'), stop_reason="tool"),
+}
+# what a loss looks like: (what, what was said, what comes back)
+MESSAGES_EXAMPLES: List[Tuple[str, Value, Value]] = [
+    ("Request.seed, presence_penalty, frequency_penalty, logprobs, verbosity, cache_key, metadata",
+     capped(seed=1, presence_penalty=.1, frequency_penalty=.1, logprobs=2, verbosity="low", cache_key="k", metadata={"a": "b"}), capped()),
+    ("Request.max_tokens None", capped(max_tokens=None), capped(max_tokens=16000)),
+    ("Request.temperature over 1", capped(temperature=1.5), capped(temperature=1)),
+    ("temperature other than 1, top_k, top_p under 0.95 beside thinking", capped(temperature=.5, top_k=3, top_p=.5, reasoning=cp.Reasoning("adaptive")),
+     capped(reasoning=cp.Reasoning("adaptive"))),
+    ("blank or empty Request.stop", capped(stop=["\n", "x"]), capped(stop=["x"])),
+    ("Request.stop []", capped(stop=[]), capped()),
+    ("Request.extra outside MESSAGES_EXTRA", capped(extra={"logit_bias": {}, "context_management": [1], "service_tier": "flex"}), capped()),
+    ("OutputFormat without schema", capped(output=cp.OutputFormat()), capped()),
+    ("OutputFormat.name, strict, description", capped(output=cp.OutputFormat({}, "n", True, "d")), capped(output=cp.OutputFormat({}))),
+    ("tool_choice and parallel_tools without tools", capped(tool_choice=cp.ToolChoice("auto"), parallel_tools=False), capped()),
+    ("parallel_tools True without tool_choice", capped(tools=[BASH_TOOL], parallel_tools=True), capped(tools=[BASH_TOOL])),
+    ("tool_choice None beside parallel_tools False", capped(tools=[BASH_TOOL], parallel_tools=False),
+     capped(tools=[BASH_TOOL], parallel_tools=False, tool_choice=cp.ToolChoice("auto"))),
+    ("parallel_tools beside tool_choice none", capped(tools=[BASH_TOOL], parallel_tools=False, tool_choice=cp.ToolChoice("none")),
+     capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("none"))),
+    ("ToolChoice.namespace, kind", capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("tool", "Bash", "ns", "custom")),
+     capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("tool", "Bash"))),
+    ("Reasoning.mode None beside effort", capped(reasoning=cp.Reasoning(effort="high")), capped(reasoning=cp.Reasoning("adaptive", "high"))),
+    ("Reasoning.mode None beside visible", capped(reasoning=cp.Reasoning(visible=True)), capped(reasoning=cp.Reasoning("adaptive", visible=True))),
+    ("Reasoning.mode None beside budget", capped(max_tokens=9000, reasoning=cp.Reasoning(budget=5000)),
+     capped(max_tokens=9000, reasoning=cp.Reasoning("on", None, 5000))),
+    ("Reasoning.mode None, budget 0", capped(reasoning=cp.Reasoning(budget=0)), capped(reasoning=cp.Reasoning("off"))),
+    ("Reasoning.mode None, budget below 0", capped(reasoning=cp.Reasoning(budget=-1)), capped(reasoning=cp.Reasoning("adaptive"))),
+    ("Reasoning.budget None with mode on", capped(max_tokens=64000, reasoning=cp.Reasoning("on", "high")),
+     capped(max_tokens=64000, reasoning=cp.Reasoning("on", None, 24576))),
+    ("the same, little room", capped(max_tokens=8000, reasoning=cp.Reasoning("on", "high")), capped(max_tokens=8000, reasoning=cp.Reasoning("on", None, 4000))),
+    ("Reasoning.budget >= max_tokens", capped(max_tokens=4000, reasoning=cp.Reasoning("on", None, 31999)),
+     capped(max_tokens=4000, reasoning=cp.Reasoning("on", None, 3999))),
+    ("Reasoning.budget under 1024", capped(max_tokens=4000, reasoning=cp.Reasoning("on", None, 100)),
+     capped(max_tokens=4000, reasoning=cp.Reasoning("on", None, 1024))),
+    ("Reasoning mode on, max_tokens up to 1024", capped(max_tokens=500, reasoning=cp.Reasoning("on", None, 9000)),
+     capped(max_tokens=500, reasoning=cp.Reasoning("off"))),
+    ("Reasoning beside a forced tool", capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("required"), reasoning=cp.Reasoning("adaptive", "high")),
+     capped(tools=[BASH_TOOL], tool_choice=cp.ToolChoice("required"))),
+    ("Reasoning.effort none", capped(reasoning=cp.Reasoning(effort="none")), capped(reasoning=cp.Reasoning("off"))),
+    ("Reasoning.effort minimal", capped(reasoning=cp.Reasoning("adaptive", "minimal")), capped(reasoning=cp.Reasoning("adaptive", "low"))),
+    ("Reasoning.summary", capped(reasoning=cp.Reasoning("adaptive", summary="auto")), capped(reasoning=cp.Reasoning("adaptive"))),
+    ("Reasoning.visible with mode off", capped(reasoning=cp.Reasoning("off", visible=True)), capped(reasoning=cp.Reasoning("off"))),
+    ("Reasoning.visible False alone", capped(reasoning=cp.Reasoning(visible=False)), capped()),
+    ("role developer, leading", capped(cp.Message("developer", [cp.Text("d")]), user(cp.Text("hi"))), capped(system(cp.Text("d")), user(cp.Text("hi")))),
+    ("late system and developer messages", capped(user(cp.Text("a")), system(cp.Text("s", cache=EPHEMERAL)), assistant(cp.Text("b")),
+                                                  cp.Message("developer", [cp.Text("<system-reminder>d</system-reminder>")]), user(cp.Text("c"))),
+     capped(user(cp.Text("a"), cp.Text("<system-reminder>\ns\n</system-reminder>", cache=EPHEMERAL)), assistant(cp.Text("b")),
+            user(cp.Text("<system-reminder>d</system-reminder>"), cp.Text("c")))),
+    ("what is no text in a leading system message", capped(system(cp.Text("s"), cp.Image("image/png", PNG)), user(cp.Text("hi"))),
+     capped(system(cp.Text("s")), user(cp.Text("hi")))),
+    ("a conversation of system messages only", capped(system(cp.Text("s"))), capped(user(cp.Text("s")))),
+    ("Message.extra", capped(cp.Message("user", [cp.Text("a")], {"x": 1})), capped(user(cp.Text("a")))),
+    ("text before or between tool results of one turn", capped(user(cp.Text("w"), cp.ToolResult("t1", [cp.Text("r")]), cp.Text("z"), cp.ToolResult("t2", []))),
+     capped(user(cp.ToolResult("t1", [cp.Text("r")]), cp.ToolResult("t2", []), cp.Text("w"), cp.Text("z")))),
+    ("empty texts", capped(user(cp.Text(""), cp.Text("a"), cp.Refusal("")), assistant(cp.Text("")), user(cp.Text("b"))),
+     capped(user(cp.Text("a"), cp.Text("b")))),
+    ("empty texts beside others in a tool result", capped(user(cp.ToolResult("t", [cp.Text(""), cp.Image(url="u")]))),
+     capped(user(cp.ToolResult("t", [cp.Image(url="u")])))),
+    ("Text.phase", capped(assistant(cp.Text("a", phase="commentary"))), capped(assistant(cp.Text("a")))),
+    ("block.seal, origin, extra", capped(user(cp.Text("a", seal="s", origin="o", extra={"x": 1}))), capped(user(cp.Text("a")))),
+    ("Thinking.id, seal, origin, cache, extra", capped(assistant(cp.Thinking("a", "s", id="rs", cache=EPHEMERAL, seal="x"))),
+     capped(assistant(cp.Thinking("a", "s")))),
+    ("Thinking without signature", capped(user(cp.Text("q")), assistant(cp.Thinking("a"), cp.Text("b"))), capped(user(cp.Text("q")), assistant(cp.Text("b")))),
+    ("Thinking.text and signature beside redacted", capped(assistant(cp.Thinking("a", "s", "r"))), capped(assistant(cp.Thinking(redacted="r")))),
+    ("web citations without encrypted_index, url_citation", capped(assistant(cp.Text("a", [{"type": "url_citation", "url": "u"},
+                                                                                           {"type": "web_search_result_location", "url": "u",
+                                                                                            "encrypted_index": ""}]))), capped(assistant(cp.Text("a")))),
+    ("citations of other kinds", capped(assistant(cp.Text("a", [{"type": "file_citation"}]))), capped(assistant(cp.Text("a")))),
+    ("citations []", capped(assistant(cp.Text("a", []))), capped(assistant(cp.Text("a")))),
+    ("Image.detail; media_type and file_id beside a url", capped(user(cp.Image("image/png", url="u", file_id="f", detail="high"))),
+     capped(user(cp.Image(url="u")))),
+    ("Image.data without media_type", capped(user(cp.Image(data=PNG))), capped(user(cp.Image("image/png", PNG)))),
+    ("File.data without media_type", capped(user(cp.File(data="AAAA"))), capped(user(cp.File("application/pdf", "AAAA")))),
+    ("File of a text type in base64", capped(user(cp.File("text/markdown", "IyBo", name="n"))), capped(user(cp.File("text/plain", text="# h", name="n")))),
+    ("File.media_type of a text", capped(user(cp.File(text="x"))), capped(user(cp.File("text/plain", text="x")))),
+    ("File.media_type beside url or file_id", capped(user(cp.File("application/pdf", url="u"))), capped(user(cp.File(url="u")))),
+    ("Image, File without any source", capped(user(cp.Text("a"), cp.Image(), cp.File())), capped(user(cp.Text("a")))),
+    ("Image, File, ToolResult of an assistant", capped(assistant(cp.Text("a"), cp.Image(url="u"), cp.File(text="x"))), capped(assistant(cp.Text("a")))),
+    ("Thinking, ToolCall of a user", capped(user(cp.Text("a"), cp.Thinking("t", "s"), cp.ToolCall("t", "n", "{}"))), capped(user(cp.Text("a")))),
+    ("ToolReference outside a tool result", capped(user(cp.Text("a"), cp.ToolReference("x"))), capped(user(cp.Text("a")))),
+    ("Refusal", capped(user(cp.Text("q")), assistant(cp.Refusal("no"))), capped(user(cp.Text("q")), assistant(cp.Text("no")))),
+    ("Compaction.summary", capped(user(cp.Compaction(summary="s"))), capped(user(cp.Text("s")))),
+    ("Compaction.sealed", capped(user(cp.Text("a"), cp.Compaction("x", id="i"))), capped(user(cp.Text("a")))),
+    ("Opaque of other dialects", capped(user(cp.Text("a"), cp.Opaque("web_search_call", {"type": "web_search_call"}))), capped(user(cp.Text("a")))),
+    ("ToolCall.arguments: '' , spelling of the JSON", capped(assistant(cp.ToolCall("a", "n", ""), cp.ToolCall("b", "n", '{ "x": 1.0e1, "y": "\\u00e9" }'))),
+     capped(assistant(cp.ToolCall("a", "n", "{}"), cp.ToolCall("b", "n", '{"x":10.0,"y":"é"}')))),
+    ("ToolCall.kind, namespace; ToolResult.kind", capped(assistant(cp.ToolCall("a", "n", "{}", "custom", "ns")), user(cp.ToolResult("a", [], kind="custom"))),
+     capped(assistant(cp.ToolCall("a", "n", "{}")), user(cp.ToolResult("a", [])))),
+    ("Tool.kind, namespace, grammar", capped(tools=[cp.Tool("t", "d", {}, "custom", "ns", grammar={"a": 1})]), capped(tools=[cp.Tool("t", "d", {})])),
+    ("Tool.strict False", capped(tools=[cp.Tool("t", "d", {}, strict=False)]), capped(tools=[cp.Tool("t", "d", {})])),
+    ("Tool.schema None", capped(tools=[cp.Tool("t")]), capped(tools=[cp.Tool("t", None, {"type": "object", "properties": {}})])),
+    ("server tools of other dialects", capped(tools=[cp.Tool("web_search", kind="server", extra={"type": "web_search"})]), capped()),
+    ("Tool.extra outside MESSAGES_TOOL_EXTRA", capped(tools=[cp.Tool("t", None, {}, extra={"x": 1})]), capped(tools=[cp.Tool("t", None, {})])),
+    ("Reply.created_at, extra", cp.Reply("i", "m", 5, [cp.Text("a")], usage=cp.Usage(), extra={"x": 1}),
+     cp.Reply("i", "m", 0, [cp.Text("a")], usage=cp.Usage())),
+    ("Reply.usage None", cp.Reply("i", "m", 0, [cp.Text("a")]), cp.Reply("i", "m", 0, [cp.Text("a")], usage=cp.Usage())),
+    ("Refusal in an answer", cp.Reply("i", "m", 0, [cp.Refusal("no")], usage=cp.Usage()), cp.Reply("i", "m", 0, [cp.Text("no")], usage=cp.Usage())),
+    ("Compaction in an answer", cp.Reply("i", "m", 0, [cp.Compaction("sealed", id="c")], usage=cp.Usage()),
+     cp.Reply("i", "m", 0, [cp.Thinking("", "sealed")], usage=cp.Usage())),
+    ("url_citation in an answer", cp.Reply("i", "m", 0, [cp.Text("abcdef", [{"type": "url_citation", "url": "u", "title": "t", "start_index": 1,
+                                                                             "end_index": 3}])], usage=cp.Usage()),
+     cp.Reply("i", "m", 0, [cp.Text("abcdef", [{"type": "web_search_result_location", "cited_text": "bc", "url": "u", "title": "t", "encrypted_index": ""}])],
+              usage=cp.Usage())),
+    ("Image, File, foreign Opaque and empty Text in an answer",
+     cp.Reply("i", "m", 0, [cp.Text(""), cp.Text("a"), cp.Image(url="u"), cp.Opaque("executableCode", {}), cp.Text("b")], usage=cp.Usage()),
+     cp.Reply("i", "m", 0, [cp.Text("a"), cp.Text("b")], usage=cp.Usage())),
+    ("ToolCall.arguments that are no object, in an answer", cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", "not json")], usage=cp.Usage()),
+     cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", '{"_raw_arguments":"not json"}')], usage=cp.Usage())),
+    ("stop reason unknown", cp.Reply("i", "m", 0, [], "odd", usage=cp.Usage()), cp.Reply("i", "m", 0, [], usage=cp.Usage())),
+]
+for what, sent, _ in MESSAGES_EXAMPLES:
+    (HUB_REQUESTS if isinstance(sent, cp.Request) else HUB_REPLIES)[f"lost: {what}"] = sent  # type: ignore[assignment]
+
+
+# ---------------------------------------------------------------------------- values: by chance
+
+HUB_WORDS = ("", "a", "hi there", "é\u2028\u0000\"\\", "日本語", "line\n\nline", "😀", "{}", "[DONE]", "data: x", " ", "<b>")
+
+
+class Chance(random.Random):
+    """Seeded values in the hub's words: everything that some dialect can say, and what none can."""
+
+    def maybe(self, value: Any, odds: float = 0.3) -> Any:
+        return value if self.random() < odds else None
+
+    def word(self) -> str:
+        return self.choice(HUB_WORDS) if self.random() < 0.7 else "".join(self.choice(HUB_WORDS) for _ in range(3))
+
+    def kept(self) -> Json:
+        """What rides along with a block."""
+        return {"cache": self.maybe(EPHEMERAL, 0.08), "seal": self.maybe(self.choice(("s1", "s2")), 0.08), "origin": self.maybe("0" * 12, 0.05)}
+
+    def text(self, cited: bool = True) -> cp.Text:
+        said = self.word()
+        start = self.randrange(len(said) or 1)
+        note = self.choice(({**CITED, "start_index": start, "end_index": self.randint(start + 1, len(said) + 1) if said else 1}, {"type": "other"},
+                            {"type": "web_search_result_location", "url": "v"}, {"type": "char_location", "cited_text": "x"}))
+        return cp.Text(said, self.maybe([note], 0.15) if cited else None, self.choice((None, None, None, "commentary", "final_answer")),
+                       extra=self.maybe({"logprobs": [LOGPROB]}, 0.06) if said else None, **self.kept())
+
+    def image(self) -> cp.Image:
+        return replace(self.choice((
+            cp.Image("image/png", PNG), cp.Image("image/jpeg", PNG, detail="high"), cp.Image(url="https://x/y.png", detail="auto"), cp.Image(file_id="f"),
+            cp.Image(data=PNG, detail="low"), cp.Image("image/png", url="https://x/u"), cp.Image(url="https://x/c.webp?a=b"))),
+                       cache=self.maybe(EPHEMERAL, 0.1))
+
+    def file(self) -> cp.File:
+        return replace(self.choice((
+            cp.File("application/pdf", PNG, name="a"), cp.File("application/pdf", PNG), cp.File(url="https://x"),
+            cp.File(text=self.word(), name=self.maybe("n.txt")),
+            cp.File(file_id="f", name=self.maybe("n")), cp.File(data=PNG, name="b"), cp.File("application/pdf", url="u"), cp.File("text/plain", text="plain"))),
+            cache=self.maybe(EPHEMERAL, 0.1), extra=self.maybe({"context": "c", "videoMetadata": {"fps": 1}}, 0.1))
+
+    def thinking(self) -> cp.Thinking:
+        return cp.Thinking(self.word(), self.maybe(self.choice(("sig", "gAAA")), 0.6), self.maybe("red", 0.1), self.maybe("rs_1", 0.4), **self.kept())
+
+    def call(self, number: int) -> cp.ToolCall:
+        kind = self.choice(("function", "function", "function", "custom", "search", "server"))
+        ride = {**self.kept(), "extra": self.maybe({"caller": {"type": "direct"}}, 0.1)}
+        if kind in ("function", "custom"):
+            text = self.choice(("{}", '{"a": 1}', '{"a":"é","b":[1,{"c":null}]}', "free", "", " ", '{ "x" : 1.5 }', "[1]", '"x"', '{"a'))
+            return cp.ToolCall(f"call_{number}", self.choice(("f", "g", "exec")), text, kind, self.maybe("ns", 0.2), **ride)
+        name = "tool_search" if kind == "search" else self.choice(("local_shell", "web_search"))
+        return cp.ToolCall(f"call_{number}", name, self.choice(("", '{"a": [1]}', '{"query":"é"}', "no json", "[1]")), kind, **ride)
+
+    def result(self, call: cp.ToolCall) -> cp.ToolResult:
+        if call.kind == "search":
+            return cp.ToolResult(call.id, [cp.ToolReference("found", extra={"namespace": "late"})] if self.random() < 0.5 else [], kind="search")
+        parts: List[Any] = [self.text(False) if self.random() < 0.3 else cp.Text(self.word()) for _ in range(self.choice((0, 1, 1, 2)))]
+        for odds, make in ((0.2, self.image), (0.1, self.file), (0.05, lambda: cp.ToolReference("found")), (0.05, lambda: cp.Refusal("no")),
+                           (0.05, lambda: cp.Opaque("search_result", {"type": "search_result"}))):
+            parts += [make()] if self.random() < odds else []
+        return cp.ToolResult(call.id, parts, self.choice((None, None, True, False)), call.kind, cache=self.maybe(EPHEMERAL, 0.1),
+                             extra=self.maybe({"name": "f"}, 0.1))
+
+    def opaque(self, number: int = 1) -> cp.Opaque:
+        return self.choice((
+            cp.Opaque("web_search_call", {"type": "web_search_call", "id": f"ws_{number}"}), cp.Opaque("other", {"type": "other"}),
+            cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "w", "input": {"q": "x"}}),
+            cp.Opaque("executableCode", {"executableCode": {"code": "1"}}), cp.Opaque("toolCall", {"toolCall": {"id": "1"}})))
+
+    def compaction(self) -> cp.Compaction:
+        return self.choice((cp.Compaction("enc", id="cmp_1"), cp.Compaction("enc"), cp.Compaction(summary="so far"), cp.Compaction("enc", "so far")))
+
+    def tool(self, number: int) -> cp.Tool:
+        kind = self.choice(("function", "function", "custom", "search", "server"))
+        if kind == "server":
+            extra = self.choice((None, {"server_label": str(number), "max_uses": 3}))
+            dated = cp.Tool("web_search", kind="server", extra={"type": "web_search_20250305", "name": "web_search", "max_uses": 8})
+            return self.choice((dated, cp.Tool(self.choice(("web_search", "mcp", "googleSearch", "computer_20250124")), kind="server", extra=extra)))
+        if kind == "search":
+            return replace(SEARCH_TOOL, schema=self.choice((None, TOWN_SCHEMA)))
+        space = self.maybe(self.choice(("ns", "other")))
+        extra = {**({"namespace_description": f"About {space}"} if space and self.random() < 0.5 else {}),
+                 **(self.maybe({"behavior": "BLOCKING", "zz": 1}, 0.1) or {}),
+                 **(self.maybe({"eager_input_streaming": True}, 0.1) or {})}
+        return cp.Tool(f"tool_{number}", self.maybe("Does", 0.7), self.maybe(TOWN_SCHEMA, 0.7), kind, space, self.choice((None, None, True, False)),
+                       self.choice((None, True, False)),
+                       self.maybe(self.choice((LARK, {"type": "text"}))) if kind == "custom" else None, self.maybe(EPHEMERAL, 0.1), extra or None)
+
+    def said(self, calls: List[cp.ToolCall]) -> Any:
+        """A block of the model's turn."""
+        make = self.choice((self.text, self.text, self.thinking, self.call, self.compaction, self.opaque, self.image,
+                            lambda: cp.Refusal(self.word(), cache=self.maybe(EPHEMERAL, 0.1))))
+        if make != self.call:
+            return make()
+        calls.append(self.call(len(calls) + 1))
+        return calls[-1]
+
+    def messages(self) -> List[cp.Message]:
+        made: List[cp.Message] = []
+        calls: List[cp.ToolCall] = []
+        answered = 0
+        for _ in range(self.randint(0, 7)):
+            role = self.choice(("user", "user", "assistant", "assistant", "system", "developer"))
+            content: List[Any] = []
+            if role == "user":
+                content += [self.result(call) for call in calls[answered:]]
+                answered = len(calls)
+            for _ in range(self.randint(1, 3)):
+                if role == "assistant":
+                    content.append(self.said(calls))
+                elif role == "user":
+                    content.append(self.choice((self.text, self.text, self.image, self.file, lambda: cp.Compaction(summary="then"),
+                                                lambda: cp.Refusal(self.word()),
+                                                lambda: self.choice((cp.Opaque("input_audio", {"type": "input_audio"}), cp.Opaque("video", {"type": "video"}))),
+                                                self.opaque))())
+                else:
+                    content.append(self.choice((self.text, self.text, self.text, self.image,
+                                                lambda: cp.Opaque("compaction_trigger", {"type": "compaction_trigger"})))())
+            if self.random() < 0.2:
+                self.shuffle(content)
+            made.append(cp.Message(role, content, self.maybe({"name": "ann"}, 0.1)))
+        return cp.canonical(made)
+
+    def reasoning(self) -> cp.Reasoning:
+        return cp.Reasoning(self.choice((None, None, "on", "off", "adaptive")), self.choice((None, "none", "minimal", "low", "max")),
+                            self.maybe(self.choice((100, 1024, 9000))), self.choice((None, True, False)), self.choice((None, "auto", "off")))
+
+    def request(self) -> cp.Request:
+        messages = self.messages()
+        tools = [self.tool(at) for at in range(self.choice((0, 0, 1, 3, 5)))]
+        if any(isinstance(part, cp.ToolReference) for m in messages for b in m.content if isinstance(b, cp.ToolResult) for part in b.content):
+            tools.append(cp.Tool("found", "Late", TOWN_SCHEMA, namespace="late", deferred=True, strict=False, extra={"namespace_description": "Late"}))
+        choice = self.choice((cp.ToolChoice("auto"), cp.ToolChoice("none"), cp.ToolChoice("required"), cp.ToolChoice("tool", "tool_0"),
+                              cp.ToolChoice("tool", "tool_1", kind="custom"),
+                              cp.ToolChoice("tool", "web_search", kind="server"), cp.ToolChoice("tool", "tool_search", kind="search"),
+                              cp.ToolChoice("tool", "f", "ns")))
+        output = self.choice((cp.OutputFormat(), cp.OutputFormat(TOWN_SCHEMA, "n", True, "d"), cp.OutputFormat(TOWN_SCHEMA), cp.OutputFormat({}, "e"),
+                              cp.OutputFormat(None, "lost")))
+        extra = self.choice(({"truncation": "auto", "logit_bias": {"1": 1}, "max_tool_calls": 3, "store": True},
+                             {"service_tier": "standard_only", "speed": "fast"},
+                             {"include": ["x"], "reasoning": {"context": "auto"}, "context_management": [{"type": "compaction"}]},
+                             {"context_management": {"edits": []}, "cache_control": EPHEMERAL},
+                             {"labels": {"a": "b"}, "x": 1, "generationConfig": {"audioTimestamp": True, "y": 1}}))
+        return cp.Request(
+            self.choice(("m", "gpt-5.4", "m/x")), messages, tools, self.maybe(choice, 0.5), self.choice((None, True, False)), self.choice((True, False)),
+            self.maybe(self.choice((5, 1024, 3000, 20000)), 0.5), self.maybe(self.choice((["x"], ["x", "y"], [" ", "z"])), 0.2),
+            self.maybe(self.choice((0, 0.5, 1, 1.5))),
+            self.maybe(self.choice((0.9, 0.99))), self.maybe(5, 0.2), self.maybe(7, 0.1), self.maybe(0.1, 0.1), self.maybe(-0.2, 0.1),
+            self.maybe(self.randint(0, 5), 0.2),
+            self.maybe(self.reasoning(), 0.5), self.maybe(output), self.choice((None, "low")), self.maybe("user"), self.maybe({"a": "b"}), self.maybe("key"),
+            self.maybe(extra))
+
+    def reply(self) -> cp.Reply:
+        content: List[Any] = []
+        for number in range(self.randint(0, 6)):
+            content.append(self.choice((self.text, self.text, self.thinking, lambda: self.call(number), lambda: self.call(number), self.compaction,
+                                        lambda: self.opaque(number), self.image, lambda: cp.Refusal(self.word())))())
+            content[-1].cache = None  # breakpoints are a client's
+        usage = self.choice((None, SOME_USAGE, cp.Usage(50, 9), cp.Usage(90, 4, 5, 6, 3, 77)))
+        return cp.Reply(self.choice(("resp_1", "msg_x", "b64/+==")), "gpt-5.4", self.choice((0, 5)), content,
+                        self.choice(("end", "length", "tool", "filter", "stop", "pause", "overflow")), self.maybe("x"), usage)
+
+    def cuts(self, items: Sequence[Any], most: int = 5) -> List[Any]:
+        """A sequence in pieces of random length."""
+        made, at = [], 0
+        while at < len(items):
+            size = self.randint(1, most)
+            made.append(items[at:at + size])
+            at += size
+        return made
+
+    def pieces(self, events: Iterable[Any], most: int = 9) -> List[Any]:
+        """The same stream, its deltas cut to pieces."""
+        return [made for event in events for made in ([cp.BlockDelta(event.index, piece) for piece in self.cuts(event.text, most)]
+                                                      if type(event) is cp.BlockDelta else [event])]
+
+    def interleaved(self, reply: cp.Reply) -> List[Any]:
+        """The events of an answer, its blocks opened in order and otherwise mixed, deltas in pieces."""
+        events = cp.replay(reply)
+        queues: Dict[int, List[Any]] = {}
+        for event in self.pieces(events[1:-1], 3):
+            queues.setdefault(event.index, []).append(event)
+        order, waiting, running = [events[0]], list(queues), []
+        while waiting or running:
+            if waiting and (not running or self.random() < 0.3):
+                running.append(waiting.pop(0))
+                order.append(queues[running[-1]].pop(0))
+                continue
+            index = self.choice(running)
+            order.append(queues[index].pop(0))
+            if not queues[index]:
+                running.remove(index)
+        return order + [events[-1]]
+
+    def spoiled(self, value: Any, odds: float = 0.06) -> Any:
+        """JSON with parts replaced by junk, left out, or under another's name."""
+        if self.random() < odds:
+            return copy.deepcopy(self.choice(HUB_JUNK)) if self.random() < 0.8 else random_json(self, 2)
+        if isinstance(value, dict):
+            return {(self.choice(list(value)) if self.random() < odds / 4 else name): self.spoiled(inner, odds)
+                    for name, inner in value.items() if self.random() > odds / 4}
+        return [self.spoiled(inner, odds) for inner in value] if isinstance(value, list) else value
+
+
+HUB_JUNK = [None, True, False, 0, -1, 1, 2.5, 1e300, 10 ** 12, 10 ** 60, "", "x", "{", "auto", "base64", "\ud800", "S" * 40, [], [None], [[]], ["x"], ["a", {}],
+            {}, {"type": None}, {"type": ["x"]}, {"type": []},
+            {"text": 5}, {"a": None}, [{"text": "a"}], {"parts": [[{"text": {}}]]}, {"type": "text"}, {"type": "x"}, {"type": "tool_use"},
+            {"type": "tool_result", "content": {}}, {"type": "image", "source": 1},
+            {"type": "document", "source": {"type": "content", "content": [1]}}, {"type": "url_citation"}, [{"type": "output_text", "text": 3}],
+            [{"type": "text", "text": 3}], "response.completed",
+            [{"delta": {"content": "x"}}], {"function": {"name": 3}}, {"error": {}}, {"candidates": [{}]}]
+
+
+# ---------------------------------------------------------------------------- streams: writing, reading, grammar
+
+def flat_frames(batches: Iterable[HubFrames]) -> HubFrames:
+    return [frame for frames in batches for frame in frames]
+
+
+def over_wire(body: Any) -> Any:
+    """A body as the other end reads it."""
+    return json.loads(cp.dump_json(body))
+
+
+def written(dialect: str, reply: cp.Reply, asked: Optional[cp.Request] = None) -> HubFrames:
+    """The frames of a whole answer."""
+    return flat_frames(cp.CODECS[dialect].encode_stream(cp.lawful([cp.replay(reply)], TRACE), asked))
+
+
+def retold(dialect: str, batches: Iterable[HubFrames], client: str) -> HubFrames:
+    """What a client gets of an upstream's stream."""
+    return flat_frames(cp.CODECS[client].encode_stream(cp.lawful(cp.CODECS[dialect].decode_stream(batches), TRACE)))
+
+
+def read_back(dialect: str, batches: Iterable[HubFrames]) -> cp.Reply:
+    """The whole answer of a stream."""
+    return cp.collect(cp.lawful(cp.CODECS[dialect].decode_stream(batches), TRACE))
+
+
+def fed_batches(reads: Iterable[bytes]) -> List[HubFrames]:
+    """The frames of each read."""
+    buffer = cp.FrameBuffer()
+    return [cp.parse_frames(buffer.feed(read)) for read in reads]
+
+
+def with_made_ids(wanted: cp.Reply, came: cp.Reply) -> cp.Reply:
+    """The answer under the ids that a dialect had to make (Responses: every item has one)."""
+    def one(block: Any, other: Any) -> Any:
+        if isinstance(block, (cp.Thinking, cp.Compaction)) and block.id is None and type(other) is type(block):
+            return replace(block, id=other.id)
+        return replace(block, raw=other.raw) if isinstance(block, cp.Opaque) and isinstance(other, cp.Opaque) and "id" not in block.raw else block
+    return replace(wanted, id=wanted.id or came.id, content=[one(*pair) for pair in zip(wanted.content, came.content)] + wanted.content[len(came.content):])
+
+
+def chat_grammar(test: unittest.TestCase, frames: HubFrames, asked: Optional[cp.Request] = None, agrees: bool = True) -> List[Json]:
+    """A chat stream as SDKs and clients read it."""
+    test.assertEqual("[DONE]", frames[-1].data)
+    test.assertTrue(all(frame.event is None for frame in frames))
+    chunks = [json.loads(frame.data) for frame in frames[:-1]]
+    failed = "error" in chunks[-1]
+    if failed:
+        test.assertEqual({"message", "type", "param", "code"}, set(chunks.pop()["error"]))
+    test.assertEqual(1, len({json.dumps([chunk[name] for name in ("id", "object", "created", "model")]) for chunk in chunks}))
+    test.assertTrue(chunks[0]["id"])
+    test.assertEqual("chat.completion.chunk", chunks[0]["object"])
+    usage = [chunk for chunk in chunks if not chunk["choices"]]
+    test.assertEqual(usage, [chunks[-1]] if not failed and cp.chat_asked_usage(asked) else [])
+    told = chunks[:len(chunks) - len(usage)]
+    test.assertEqual({"role": "assistant", "content": ""}, told[0]["choices"][0]["delta"])
+    finishes = [chunk["choices"][0]["finish_reason"] for chunk in told]
+    test.assertEqual([None] * (len(told) - (not failed)), finishes[:len(told) - (not failed)])
+    if not failed:
+        test.assertIn(finishes[-1], ("stop", "length", "tool_calls", "content_filter"))
+    indexes: List[int] = []
+    seals = 0
+    for chunk in told:
+        test.assertEqual(0, chunk["choices"][0]["index"])
+        delta = chunk["choices"][0]["delta"]
+        seals += "reasoning_opaque" in delta
+        for piece in delta.get("tool_calls", ()):
+            if piece["index"] not in indexes:
+                test.assertEqual(len(indexes), piece["index"])
+                test.assertTrue((piece["id"] or not agrees) and piece["type"] in ("function", "custom"), piece)
+                indexes.append(piece["index"])
+    test.assertLessEqual(seals, 1)
+    return chunks
+
+
+def responses_grammar(test: unittest.TestCase, frames: HubFrames, asked: Optional[cp.Request] = None, agrees: bool = True) -> List[Json]:
+    """A Responses stream as SDKs and clients read it. Deltas and whole texts agree, unless upstream contradicts itself."""
+    events = [json.loads(frame.data) for frame in frames]
+    test.assertEqual([f.event for f in frames], [e["type"] for e in events])
+    test.assertEqual(list(range(len(events))), [e["sequence_number"] for e in events])
+    test.assertEqual("response.created", events[0]["type"])
+    test.assertIn(events[-1]["type"], ("response.completed", "response.incomplete", "response.failed"))
+    test.assertEqual(1, sum(event["type"] in cp.RESPONSES_TERMINALS for event in events))
+    items: Dict[int, Json] = {}
+    texts: Dict[Any, str] = {}
+    done: Dict[int, Json] = {}
+    for event in events:
+        kind = event["type"]
+        if "response" in event:
+            test.assertEqual(events[0]["response"]["id"], event["response"]["id"])
+            continue
+        at = event["output_index"]
+        if kind == "response.output_item.added":
+            test.assertEqual(len(items), at)
+            items[at] = event["item"]
+            test.assertTrue(event["item"]["id"])
+            continue
+        test.assertIn(at, items)
+        test.assertNotIn(at, done, kind)
+        if kind == "response.output_item.done":
+            test.assertEqual((items[at]["id"], items[at]["type"]), (event["item"]["id"], event["item"]["type"]))
+            done[at] = event["item"]
+            continue
+        test.assertEqual(items[at]["id"], event["item_id"])
+        place = (at, event.get("content_index"), event.get("summary_index"))
+        if kind.endswith("part.added"):
+            test.assertNotIn(place, texts)
+            texts[place] = ""
+        elif kind.endswith(".delta"):
+            if items[at]["type"] in ("message", "reasoning"):
+                test.assertIn(place, texts)
+            texts[place] = texts.get(place, "") + event["delta"]
+        elif kind.endswith(".done") and "part" not in event and agrees:
+            test.assertEqual(texts.get(place, ""), next(event[name] for name in ("text", "refusal", "arguments", "input") if name in event))
+    end = events[-1]["response"]
+    test.assertEqual([done[at] for at in sorted(done)], end["output"])
+    if end["status"] != "failed":
+        test.assertEqual(sorted(items), sorted(done))
+        test.assertIsInstance(end["usage"], dict)
+    else:
+        test.assertTrue(end["error"]["code"] and isinstance(end["error"]["message"], str))
+    test.assertTrue(all(isinstance(item["summary"], list) for item in end["output"] if item["type"] == "reasoning"))
+    return events
+
+
+MESSAGES_DELTA_BLOCKS = {  # delta -> blocks that have it
+    "text_delta": ("text",), "citations_delta": ("text",), "thinking_delta": ("thinking",), "signature_delta": ("thinking",),
+    "input_json_delta": ("tool_use", "server_tool_use", "mcp_tool_use")}
+
+
+def messages_grammar(test: unittest.TestCase, frames: HubFrames, asked: Optional[cp.Request] = None, agrees: bool = True) -> List[Json]:
+    """A Messages stream as the SDKs insist on it."""
+    events = [json.loads(frame.data) for frame in frames]
+    test.assertEqual([frame.event for frame in frames], [event["type"] for event in events])
+    events = [event for event in events if event["type"] != "ping"]
+    names = [event["type"] for event in events]
+    test.assertEqual(names[0], "message_start")
+    test.assertIn(names[-1], ("message_stop", "error"))
+    test.assertEqual((1, 1), (names.count("message_start"), sum(name in ("message_stop", "error") for name in names)))
+    message = events[0]["message"]
+    test.assertEqual((message["type"], message["role"], message["content"], message["stop_reason"]), ("message", "assistant", [], None))
+    test.assertEqual({int}, {type(message["usage"][name]) for name in ("input_tokens", "output_tokens")})
+    opened: Optional[int] = None
+    following, kind, told = 0, "", []
+    for event in events:
+        if event["type"] == "content_block_start":
+            test.assertIsNone(opened)
+            test.assertEqual(event["index"], following)
+            block, opened, told = event["content_block"], following, []
+            kind, following = block["type"], following + 1
+            if kind in ("text", "thinking", "tool_use", "server_tool_use"):  # the AI SDK reads these from deltas only
+                test.assertFalse([name for name in ("text", "thinking",
+                                                    "signature") if block.get(name)] or isinstance(block.get("input"), dict) and block["input"])
+        elif event["type"] == "content_block_delta":
+            test.assertEqual(event["index"], opened)
+            test.assertIn(kind, MESSAGES_DELTA_BLOCKS[event["delta"]["type"]])
+            test.assertNotIn("signature_delta", told if event["delta"]["type"] in ("thinking_delta",
+                                                                                   "signature_delta") else [])  # anthropic-py keeps the last, it does not join
+            told.append(event["delta"]["type"])
+        elif event["type"] == "content_block_stop":
+            test.assertEqual(event["index"], opened)
+            opened = None
+        elif event["type"] == "message_delta":
+            test.assertIsNone(opened)
+            test.assertIs(type(event["usage"]["output_tokens"]), int)
+            test.assertIsNotNone(event["delta"]["stop_reason"])
+    if names[-1] == "message_stop":
+        test.assertEqual((None, "message_delta"), (opened, names[-2]))
+    return events
+
+
+def gemini_grammar(test: unittest.TestCase, frames: HubFrames, asked: Optional[cp.Request] = None, agrees: bool = True) -> List[Json]:
+    """A Gemini stream as its SDKs insist on it: no object without parts, one end."""
+    bodies = [json.loads(frame.data) for frame in frames]
+    test.assertTrue(bodies and all(frame.event is None for frame in frames))
+    for at, body in enumerate(bodies):
+        last = at == len(bodies) - 1
+        if "error" in body:
+            test.assertTrue(last)
+            test.assertTrue({"code", "message", "status"} <= set(body["error"]))
+            break
+        (candidate,) = body["candidates"]
+        test.assertEqual(("model", 0), (candidate["content"]["role"], candidate["index"]))
+        test.assertEqual(last, "finishReason" in candidate)
+        parts = candidate["content"]["parts"]
+        test.assertTrue(isinstance(parts, list) and parts and all(parts))
+        test.assertTrue(all(isinstance(part["functionCall"]["args"], dict) for part in parts if "functionCall" in part))
+    return bodies
+
+
+GRAMMARS = {cp.CHAT: chat_grammar, cp.RESPONSES: responses_grammar, cp.MESSAGES: messages_grammar, cp.GEMINI: gemini_grammar}
+
+
+def hub_grammar(test: unittest.TestCase, events: Sequence[Any]) -> None:
+    """What a decoder may give: indexes opened once and closed once, deltas inside, one end."""
+    opened: set = set()
+    closed: set = set()
+    for at, event in enumerate(events):
+        kind = type(event)
+        if kind is cp.BlockStart:
+            test.assertEqual(len(opened), event.index)
+            opened.add(event.index)
+        elif kind in (cp.BlockDelta, cp.BlockStop):
+            test.assertIn(event.index, opened - closed)
+            closed |= {event.index} if kind is cp.BlockStop else set()
+        elif kind in (cp.ReplyStop, cp.Fault):
+            test.assertEqual(len(events) - 1, at)
+            test.assertTrue(kind is cp.Fault or opened == closed)
+    test.assertLessEqual(sum(type(event) is cp.ReplyStart for event in events), 1)
+
+
+# ---------------------------------------------------------------------------- streams as upstreams send them
+
+CHAT_CODEC, RESPONSES_CODEC, MESSAGES_CODEC, GEMINI_CODEC = (cp.CODECS[dialect] for dialect in (cp.CHAT, cp.RESPONSES, cp.MESSAGES, cp.GEMINI))
+
+
+def hub_events(dialect: str, batches: Iterable[HubFrames]) -> List[Any]:
+    """The events of a stream, as the decoder gives them."""
+    return [event for events in cp.CODECS[dialect].decode_stream(batches) for event in events]
+
+
+def messages_read(frames: HubFrames) -> cp.Reply:
+    return read_back(cp.MESSAGES, [frames])
+
+
+def through_messages(request: cp.Request) -> cp.Request:
+    """A request as it comes back from the wire."""
+    return MESSAGES_CODEC.decode_request(over_wire(MESSAGES_CODEC.encode_request(request)))
+
+
+def plain_frames(*chunks):
+    return [cp.Frame(None, chunk if isinstance(chunk, str) else json.dumps(chunk)) for chunk in chunks]
+
+def gpt_delta(delta=None, finish=None, **more):
+    choices = [{"content_filter_results": {}, "delta": delta, "finish_reason": finish, "index": 0, "logprobs": None}] if delta is not None else []
+    return {"choices": choices, "created": 1749821284, "id": "chatcmpl-Bhy", "model": "gpt-4o-mini-2024-07-18", "object": "chat.completion.chunk",
+            "system_fingerprint": "fp_57", "usage": None, **more}
+
+def claude_delta(index, delta, **more):
+    choice = {"index": index, "delta": {"content": None, "role": "assistant", **delta}, **({"finish_reason": more.pop("finish")} if "finish" in more else {})}
+    return {"choices": [choice], "created": 1741911507, "id": "ba49", "model": "claude-sonnet-4.6", **more}
+
+def gemini_delta(delta, finish=None, usage=(0, 0, 0, 0, 0), **more):
+    choice = {"index": 0, "delta": {"content": None, "role": "assistant", **delta}, **({"finish_reason": finish} if finish else {})}
+    out, prompt, cached, total, reasoning = usage
+    return {"choices": [choice], "created": 1764940861, "id": "Odwy", "model": "gemini-3-pro-preview",
+            "usage": {"completion_tokens": out, "prompt_tokens": prompt, "prompt_tokens_details": {"cached_tokens": cached}, "total_tokens": total,
+                      "reasoning_tokens": reasoning}, **more}
+
+def call_delta(index, arguments=None, id=None, name=None, **more):
+    function = {**({} if arguments is None else {"arguments": arguments}), **({} if name is None else {"name": name})}
+    return {"tool_calls": [{"function": function, **({} if index is None else {"index": index}), **({} if id is None else {"id": id, "type": "function"})}],
+            **more}
+
+GPT_EMPTY_FIRST = {"choices": [], "created": 0, "id": "", "model": "", "object": "",
+                   "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": SAFE}]}
+
+GPT_COUNTS = {"completion_tokens": 93, "completion_tokens_details": {"accepted_prediction_tokens": 89, "audio_tokens": 0, "reasoning_tokens": 3,
+                                                                     "rejected_prediction_tokens": 0},
+             "prompt_tokens": 965, "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": 5}, "total_tokens": 1058}
+
+GPT_REPLY = cp.Reply("chatcmpl-Bhy", "gpt-4o-mini-2024-07-18", 1749821284)
+
+CLAUDE_REPLY = cp.Reply("ba49", "claude-sonnet-4.6", 1741911507)
+
+CLAUDE_COUNTS = {"completion_tokens": 70, "prompt_tokens": 1080, "prompt_tokens_details": {"cached_tokens": 0}, "total_tokens": 1150}
+
+GEMINI_REPLY = cp.Reply("Odwy", "gemini-3-pro-preview", 1764940861)
+
+GEMINI_COUNTED = cp.Usage(19581, 53 + 134, 17068, 0, 134)
+
+CHAT_RECORDED = {  # label -> (frames, what they say); copilot-upstream 5.2-5.4
+    "gpt text": (plain_frames(GPT_EMPTY_FIRST, gpt_delta({"content": "", "role": "assistant"}), gpt_delta({"content": "hel"}), gpt_delta({"content": "lo"}),
+                              gpt_delta({}, "stop"),
+                     gpt_delta(usage=GPT_COUNTS, copilot_usage={"total_nano_aiu": 1200000, "token_details": []}), "[DONE]"),
+                 replace(GPT_REPLY, content=[cp.Text("hello")], usage=cp.Usage(965, 93, 5, 0, 3, 1200000))),
+    "gpt calls": (plain_frames(GPT_EMPTY_FIRST, gpt_delta({"content": None, "refusal": None, "role": "assistant", **call_delta(0, "", "call_b", "view_file")}),
+                               gpt_delta(call_delta(0, "{\"path\":")), gpt_delta(call_delta(0, "\"a\"}")),
+                      gpt_delta(call_delta(1, "", "call_c", "f")), gpt_delta(call_delta(1, "{}")), gpt_delta({}, "tool_calls"), "[DONE]"),
+                  replace(GPT_REPLY, content=[cp.ToolCall("call_b", "view_file", '{"path":"a"}'), cp.ToolCall("call_c", "f", "{}")], stop_reason="tool")),
+    "claude": (plain_frames(claude_delta(0, {"content": None, "reasoning_text": "Let me "}), claude_delta(0, {"reasoning_text": "check"}),
+                            claude_delta(0, {"reasoning_opaque": "EpQECkYI"}), claude_delta(0, {"content": "I"}),
+                   claude_delta(0, {"content": " see"}), claude_delta(1, {"tool_calls": [{"function": {"name": "get_weather"}, "id": "toolu_1", "index": 0,
+                                                                                          "type": "function"}]}),
+                   claude_delta(1, call_delta(0, "{\"city\":\"Tokyo\"}")), claude_delta(1, {}, finish="tool_calls", usage=CLAUDE_COUNTS), "[DONE]"),
+               replace(CLAUDE_REPLY, content=[cp.Thinking("Let me check", "EpQECkYI"), cp.Text("I see"),
+                                              cp.ToolCall("toolu_1", "get_weather", '{"city":"Tokyo"}')], stop_reason="tool", usage=cp.Usage(1080, 70))),
+    "claude, a call per choice": (plain_frames(claude_delta(0, {"content": "a"}), claude_delta(1, call_delta(0, "{}", "t1", "f")),
+                                               claude_delta(2, call_delta(0, '{"b":1}', "t2", "g")), claude_delta(0, {}, finish="tool_calls"), "[DONE]"),
+                                  replace(CLAUDE_REPLY, content=[cp.Text("a"), cp.ToolCall("t1", "f", "{}"), cp.ToolCall("t2", "g", '{"b":1}')],
+                                          stop_reason="tool")),
+    "gemini": (plain_frames(gemini_delta({"reasoning_text": "**Thinking**\n\n"}), gemini_delta({**call_delta(0, '{"path":"a"}', "call_M", "view_file"),
+                                                                                                "reasoning_opaque": "/PMeUgVx"}),
+                   gemini_delta(call_delta(1, '{"path":"b"}', "call_u", "view_file"), "tool_calls", (53, 19581, 17068, 19768, 134)), "[DONE]"),
+               replace(GEMINI_REPLY, content=[cp.Thinking("**Thinking**\n\n", "/PMeUgVx"), cp.ToolCall("call_M", "view_file", '{"path":"a"}'),
+                                              cp.ToolCall("call_u", "view_file", '{"path":"b"}')],
+                       stop_reason="tool", usage=GEMINI_COUNTED)),
+    "gemini, stop with calls": (plain_frames(gemini_delta(call_delta(0, "{}", "c", "f")), gemini_delta({}, "stop", (53, 19581, 17068, 19768, 134)), "[DONE]"),
+                                replace(GEMINI_REPLY, content=[cp.ToolCall("c", "f", "{}")], stop_reason="tool", usage=GEMINI_COUNTED)),
+    "gemini, opaque alone": (plain_frames(gemini_delta({"reasoning_opaque": "a1"}), gemini_delta({"reasoning_opaque": "b2"}), gemini_delta({"content": "x"}),
+                                          gemini_delta({}, "stop"), "[DONE]"),
+                             replace(GEMINI_REPLY, content=[cp.Thinking("", "a1b2"), cp.Text("x")], usage=cp.Usage())),
+    "gemini, opaque at the finish": (plain_frames(gemini_delta({"content": "x"}), gemini_delta({"content": "y", "reasoning_opaque": "a1"}, "stop"), "[DONE]"),
+                                     replace(GEMINI_REPLY, content=[cp.Text("xy"), cp.Thinking("", "a1")], usage=cp.Usage())),
+    "gemini, opaque amid text": (plain_frames(gemini_delta({"content": "x"}), gemini_delta({"reasoning_opaque": "a1"}), gemini_delta({"content": "y"}),
+                                              gemini_delta(call_delta(0, "{}", "c", "f"), "stop"), "[DONE]"),
+                                 replace(GEMINI_REPLY, content=[cp.Text("xy"), cp.Thinking("", "a1"), cp.ToolCall("c", "f", "{}")], stop_reason="tool",
+                                         usage=cp.Usage())),
+    "gemini, two opaque values amid text": (plain_frames(gemini_delta({"content": "x"}), gemini_delta({"content": "w"}),
+                                                         gemini_delta({"reasoning_opaque": "a"}), gemini_delta({"reasoning_opaque": "1"}),
+                                                         gemini_delta({"content": "y"}), gemini_delta({"content": "z"}),
+                                                gemini_delta({"reasoning_opaque": "b2"}), gemini_delta({}, "stop"), "[DONE]"),
+                                            replace(GEMINI_REPLY, content=[cp.Text("xwyz"), cp.Thinking("", "a1"), cp.Thinking("", "b2")], usage=cp.Usage())),
+    "opaque after thinking and text, at a call": (plain_frames(gemini_delta({"reasoning_text": "t"}), gemini_delta({"content": "x"}),
+                                                               gemini_delta({**call_delta(0, "{}", "c", "f"), "reasoning_opaque": "a1"}, "stop"), "[DONE]"),
+                                                  replace(GEMINI_REPLY, content=[cp.Thinking("t"), cp.Text("x"), cp.Thinking("", "a1"),
+                                                                                 cp.ToolCall("c", "f", "{}")], stop_reason="tool", usage=cp.Usage())),
+    "opaque before its text": (plain_frames(gemini_delta({"reasoning_opaque": "a1"}), gemini_delta({"reasoning_text": "t"}),
+                                            gemini_delta({"content": "x"}, "stop"), "[DONE]"),
+                               replace(GEMINI_REPLY, content=[cp.Thinking("t", "a1"), cp.Text("x")], usage=cp.Usage())),
+    "deepseek": (plain_frames(gpt_delta({"reasoning_content": "t", "content": None}), gpt_delta({"reasoning_content": "u"}),
+                              gpt_delta({"content": "x", "reasoning_content": ""}), gpt_delta({}, "stop"), "[DONE]"),
+                 replace(GPT_REPLY, content=[cp.Thinking("tu"), cp.Text("x")])),
+    "reasoning, cot_summary": (plain_frames(gpt_delta({"cot_summary": "t", "cot_id": "1"}), gpt_delta({"reasoning": "u"}), gpt_delta({"content": "x"}, "stop")),
+                               replace(GPT_REPLY, content=[cp.Thinking("tu"), cp.Text("x")])),
+    "no object, no index, null choices": (plain_frames({"choices": None, "copilot_references": []}, {"choices": [{"delta": {"content": "a"}}], "id": "i",
+                                                                                                     "model": "m"}, {"copilot_errors": [{"type": "agent"}]},
+                                              {"choices": None}, {"choices": [{"delta": {"content": "b"}, "finish_reason": "stop"}], "id": "", "model": ""}),
+                                          cp.Reply("i", "m", 0, [cp.Text("ab")])),
+    "ids that come late": (plain_frames({"choices": [{"delta": {"role": "assistant", "content": ""}}], "id": "", "model": ""}, {"choices": [], "id": "i"},
+                                        {"choices": [{"delta": {"content": "a"}}], "model": "m"},
+                               {"choices": [{"delta": {}, "finish_reason": "stop"}]}), cp.Reply("i", "m", 0, [cp.Text("a")])),
+    "no DONE": (plain_frames(gpt_delta({"content": "x"}), gpt_delta({}, "stop")), replace(GPT_REPLY, content=[cp.Text("x")])),
+    "no finish": (plain_frames(gpt_delta({"content": "x"}), "[DONE]"), replace(GPT_REPLY, content=[cp.Text("x")])),
+    "finish with content and usage": (plain_frames(gpt_delta({"content": "x"}, "length", usage=GPT_COUNTS), "[DONE]"),
+                                      replace(GPT_REPLY, content=[cp.Text("x")], stop_reason="length", usage=cp.Usage(965, 93, 5, 0, 3))),
+    "cost on its own": (plain_frames(gpt_delta({"content": "x"}, "stop", usage=GPT_COUNTS), {"choices": [], "copilot_usage": {"total_nano_aiu": 7}}, "[DONE]"),
+                        replace(GPT_REPLY, content=[cp.Text("x")], usage=cp.Usage(965, 93, 5, 0, 3, 7))),
+    "filter": (plain_frames(gpt_delta({"content": "x"}), {"choices": [{"delta": {"content": ""}, "finish_reason": "content_filter", "index": 0,
+                                                                       "content_filter_results": {"hate": {"filtered": True}}}],
+                                           "copilot_annotations": {"IPCodeCitations": [{"id": 0}]}}, "[DONE]"),
+               replace(GPT_REPLY, content=[cp.Text("x")], stop_reason="filter")),
+    "refusal": (plain_frames(gpt_delta({"refusal": "I can"}), gpt_delta({"refusal": "not"}), gpt_delta({}, "stop"), "[DONE]"),
+                replace(GPT_REPLY, content=[cp.Refusal("I cannot")])),
+    "interleaved calls": (plain_frames(gpt_delta(call_delta(0, "", "a", "f")), gpt_delta(call_delta(1, "", "b", "g")), gpt_delta(call_delta(0, "{\"x\"")),
+                                       gpt_delta(call_delta(1, "{}")), gpt_delta(call_delta(0, ":1}")), gpt_delta({}, "tool_calls"), "[DONE]"),
+                          replace(GPT_REPLY, content=[cp.ToolCall("a", "f", '{"x":1}'), cp.ToolCall("b", "g", "{}")], stop_reason="tool")),
+    "text after calls": (plain_frames(gpt_delta({"content": "x"}), gpt_delta(call_delta(0, "{", "a", "f")), gpt_delta({"content": "y"}),
+                                      gpt_delta(call_delta(0, "}")), gpt_delta({"content": "z"}), gpt_delta({}, "tool_calls"), "[DONE]"),
+                         replace(GPT_REPLY, content=[cp.Text("x"), cp.ToolCall("a", "f", "{}"), cp.Text("yz")], stop_reason="tool")),
+    "late id and name": (plain_frames(gpt_delta(call_delta(0, "{\"a\"")), gpt_delta(call_delta(0, ":", name="f")), gpt_delta(call_delta(0, "1}", id="a")),
+                                      gpt_delta({}, "tool_calls"), "[DONE]"),
+                         replace(GPT_REPLY, content=[cp.ToolCall("a", "f", '{"a":1}')], stop_reason="tool")),
+    "one index for all": (plain_frames(gpt_delta(call_delta(0, "{}", "a", "f")), gpt_delta(call_delta(0, '{"b":1}', "b", "g")), gpt_delta({}, "tool_calls"),
+                                       "[DONE]"),
+                          replace(GPT_REPLY, content=[cp.ToolCall("a", "f", "{}"), cp.ToolCall("b", "g", '{"b":1}')], stop_reason="tool")),
+    "no index": (plain_frames(gpt_delta(call_delta(None, "{", "a", "f")), gpt_delta(call_delta(None, "}")), gpt_delta(call_delta(None, '{"b":1}', "b", "g")),
+                              gpt_delta({}, "tool_calls"), "[DONE]"),
+                 replace(GPT_REPLY, content=[cp.ToolCall("a", "f", "{}"), cp.ToolCall("b", "g", '{"b":1}')], stop_reason="tool")),
+    "arguments as an object": (plain_frames(gpt_delta(call_delta(0, {"a": 1}, "a", "f"), "tool_calls"), "[DONE]"),
+                               replace(GPT_REPLY, content=[cp.ToolCall("a", "f", '{"a":1}')], stop_reason="tool")),
+    "old function_call": (plain_frames(gpt_delta({"function_call": {"name": "f", "arguments": "{"}}), gpt_delta({"function_call": {"arguments": "}"}}),
+                                       gpt_delta({}, "function_call"), "[DONE]"), None),
+    "custom call": (plain_frames(gpt_delta({"tool_calls": [{"index": 0, "id": "a", "type": "custom", "custom": {"name": "p", "input": ""}}]}),
+                                 gpt_delta({"tool_calls": [{"index": 0, "custom": {"input": "**"}}]}),
+                        gpt_delta({}, "tool_calls"), "[DONE]"), replace(GPT_REPLY, content=[cp.ToolCall("a", "p", "**", "custom")], stop_reason="tool")),
+    "content in parts": (plain_frames(gpt_delta({"content": [{"type": "text", "text": "x"}]}), gpt_delta({"content": ["?"]}), gpt_delta({}, "stop")),
+                         replace(GPT_REPLY, content=[cp.Text("x")])),
+    "annotations, logprobs": (plain_frames({**gpt_delta({"content": "b"}),
+                                            "choices": [{"index": 0, "delta": {"content": "b"}, "logprobs": {"content": [{"token": "b"}]}}]},
+                                  gpt_delta({"annotations": [{"type": "url_citation", "url_citation": {"url": "https://x", "title": "X", "start_index": 0,
+                                                                                                       "end_index": 1}}]}), gpt_delta({}, "stop"), "[DONE]"),
+                              replace(GPT_REPLY, content=[cp.Text("b", [CITED], extra={"logprobs": [{"token": "b"}]})])),
+    "junk": (plain_frames("{broken", gpt_delta({"content": "x"}), "null", "[1]", "", "7", gpt_delta({"content": "y"}), gpt_delta({}, "stop"), "[DONE]",
+                          gpt_delta({"content": "late"})), replace(GPT_REPLY, content=[cp.Text("xy")])),
+    "escapes": (plain_frames(gpt_delta({"content": "a"}), gpt_delta({"content": "\"\\\n"}), gpt_delta({"content": "é\u2028😀"}), gpt_delta({"content": "\"}}"}),
+                             gpt_delta({"content": "b"}), gpt_delta({}, "stop"), "[DONE]"),
+                replace(GPT_REPLY, content=[cp.Text("a\"\\\né\u2028😀\"}}b")])),
+}
+
+
+def numbered_frames(*events):
+    """Frames of (type, fields) as upstream sends them."""
+    return [cp.Frame(kind, json.dumps({"type": kind, "sequence_number": at, **fields_})) for at, (kind, fields_) in enumerate(events)]
+
+RESPONSES_SHELL = {"id": "resp_9", "object": "response", "created_at": 1772432000, "status": "in_progress", "model": "gpt-5.4", "output": [], "usage": None}
+
+RESPONSES_OUTPUT = [
+    {"id": "D0", "type": "reasoning", "summary": [{"type": "summary_text", "text": "**Plan**"}, {"type": "summary_text", "text": "**Do**"}],
+     "encrypted_content": "gAAAlonger"},
+    {"id": "D1", "type": "message", "role": "assistant", "status": "completed", "phase": "commentary",
+     "content": [{"type": "output_text", "text": "Hi you", "annotations": [], "logprobs": []}]},
+    {"id": "D2", "type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\":\"Tokyo\"}", "status": "completed"}]
+
+RESPONSES_COUNTS = {"input_tokens": 50, "input_tokens_details": {"cached_tokens": 40, "cache_write_tokens": 2}, "output_tokens": 9,
+                    "output_tokens_details": {"reasoning_tokens": 4}, "total_tokens": 59}
+
+RESPONSES_DONE = {"response": {**RESPONSES_SHELL, "status": "completed", "output": RESPONSES_OUTPUT, "usage": RESPONSES_COUNTS},
+                  "copilot_usage": {"total_nano_aiu": 7}}
+
+RESPONSES_SPOKEN = numbered_frames(
+    ("response.created", {"response": RESPONSES_SHELL}), ("response.in_progress", {"response": RESPONSES_SHELL}),
+    ("response.output_item.added", {"output_index": 0, "item": {"id": "A0", "type": "reasoning", "summary": [], "encrypted_content": "gAAA"}}),
+    ("response.reasoning_summary_part.added", {"item_id": "B0", "output_index": 0, "summary_index": 0, "part": {"type": "summary_text", "text": ""}}),
+    ("response.reasoning_summary_text.delta", {"item_id": "C0", "output_index": 0, "summary_index": 0, "delta": "**Pl", "obfuscation": "x9"}),
+    ("response.reasoning_summary_text.delta", {"item_id": "C9", "output_index": 0, "summary_index": 0, "delta": "an**"}),
+    ("response.reasoning_summary_text.done", {"item_id": "E0", "output_index": 0, "summary_index": 0, "text": "**Plan**"}),
+    ("response.reasoning_summary_text.done", {"item_id": "E0", "output_index": 0, "summary_index": 1, "text": "**Do**"}),
+    ("response.output_item.done", {"output_index": 0, "item": RESPONSES_OUTPUT[0]}),
+    ("response.output_item.added", {"output_index": 1, "item": {"id": "A1", "type": "message", "role": "assistant", "status": "in_progress", "content": [],
+                                                                "phase": "commentary"}}),
+    ("response.content_part.added", {"item_id": "F1", "output_index": 1, "content_index": 0, "part": {"type": "output_text", "text": "", "annotations": [],
+                                                                                                      "logprobs": []}}),
+    ("response.output_text.delta", {"item_id": "G1", "output_index": 1, "content_index": 0, "delta": "Hi", "logprobs": [], "obfuscation": "…"}),
+    ("response.output_text.delta", {"output_index": 1, "content_index": 0, "delta": " you"}),
+    ("response.output_text.done", {"item_id": "H1", "output_index": 1, "content_index": 0, "text": "Hi you", "logprobs": []}),
+    ("response.content_part.done", {"item_id": "I1", "output_index": 1, "content_index": 0, "part": {"type": "output_text", "text": "Hi you", "annotations": [],
+                                                                                                     "logprobs": []}}),
+    ("response.output_item.done", {"output_index": 1, "item": RESPONSES_OUTPUT[1]}),
+    ("response.output_item.added", {"output_index": 2, "item": {"id": "A2", "type": "function_call", "status": "in_progress", "call_id": "call_1",
+                                                                "name": "get_weather", "arguments": ""}}),
+    ("response.function_call_arguments.delta", {"item_id": "J2", "output_index": 2, "delta": "{\"ci"}),
+    ("response.function_call_arguments.delta", {"item_id": "K2", "output_index": 2, "delta": "ty\":\"Tokyo\"}"}),
+    ("response.function_call_arguments.done", {"item_id": "L2", "output_index": 2, "arguments": "{\"city\":\"Tokyo\"}"}),
+    ("response.output_item.done", {"output_index": 2, "item": RESPONSES_OUTPUT[2]}),
+    ("response.completed", RESPONSES_DONE))
+
+RESPONSES_SAID = cp.Reply("resp_9", "gpt-5.4", 1772432000,
+                 [cp.Thinking("**Plan**\n\n**Do**", "gAAAlonger", id="D0"), cp.Text("Hi you", phase="commentary"),
+                  cp.ToolCall("call_1", "get_weather", '{"city":"Tokyo"}')],
+                 "tool", None, cp.Usage(50, 9, 40, 2, 4, 7))
+
+def without_kinds(frames, *kinds):
+    return [frame for frame in frames if not frame.event.startswith(kinds)]
+
+def with_last_output(output):
+    return RESPONSES_SPOKEN[:-1] + numbered_frames(("response.completed", {**RESPONSES_DONE, "response": {**RESPONSES_DONE["response"], "output": output}}))
+
+RESPONSES_RECORDED = {  # label -> (frames, what they say)
+    "recorded": (RESPONSES_SPOKEN, RESPONSES_SAID),
+    "output empty at the end": (with_last_output([]), RESPONSES_SAID),
+    "no deltas": ([f for f in RESPONSES_SPOKEN if not f.event.endswith(".delta")], RESPONSES_SAID),
+    "only done items": (without_kinds(RESPONSES_SPOKEN, "response.output_text", "response.content_part", "response.reasoning", "response.function"),
+                        RESPONSES_SAID),
+    "only the end": (RESPONSES_SPOKEN[-1:], RESPONSES_SAID),
+    "no item.done": (without_kinds(RESPONSES_SPOKEN, "response.output_item.done"), RESPONSES_SAID),
+    "no item.added": (without_kinds(RESPONSES_SPOKEN, "response.output_item.added"), RESPONSES_SAID),
+    "no created": (without_kinds(RESPONSES_SPOKEN, "response.created", "response.in_progress"), None),
+    "no output_index": ([cp.Frame(f.event, json.dumps({k: v for k, v in json.loads(f.data).items() if k not in ("output_index", "item_id")}))
+                         if f.event.endswith(("delta", "part.done", "text.done")) else f for f in RESPONSES_SPOKEN], RESPONSES_SAID),
+    "alias done": (RESPONSES_SPOKEN[:-1] + numbered_frames(("response.done", RESPONSES_DONE)), RESPONSES_SAID),
+    "noise": (numbered_frames(("codex.rate_limits", {"x": 1})) + RESPONSES_SPOKEN[:3] + [cp.Frame(None, "[DONE]"),
+                                                                                         cp.Frame(None,
+                                                                                                  "junk")] + RESPONSES_SPOKEN[3:] + [cp.Frame(None, "[DONE]")],
+              RESPONSES_SAID),
+}
+
+
+MESSAGES_SPOKEN = '''event: message_start
+data: {"type":"message_start","message":{"id":"msg_bdrk_01TJ","type":"message","role":"assistant","model":"claude-opus-4-6","content":[],"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":1080,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"cache_creation":{"ephemeral_5m_input_tokens":0,"ephemeral_1h_input_tokens":0},"output_tokens":1}}}
+
+event: content_block_start
+data: {"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"The user wants"}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"EpQECkYI"}}
+
+event: content_block_stop
+data: {"type":"content_block_stop","index":0}
+
+event: ping
+data: {"type": "ping"}
+
+event: content_block_start
+data: {"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"I'll check\u2028 é漢."},"copilot_annotations":{"IPCodeCitations":[{"id":0,"start_offset":0,"end_offset":9,"details":{},"citations":{"snippet":"x","url":"https://x","ip_type":"LICENSE","license":"MIT"}}]}}
+
+event: content_block_stop
+data: {"type":"content_block_stop","index":1}
+
+event: content_block_start
+data: {"type":"content_block_start","index":2,"content_block":{"type":"tool_use","id":"toolu_bdrk_015V18wN95yDNKVKs8yXLUdD","name":"get_weather","input":{}}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":""}}
+
+event: content_block_delta
+data: {"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":"{\\"location\\":\\"Tokyo\\"}"}}
+
+event: content_block_stop
+data: {"type":"content_block_stop","index":2}
+
+event: message_delta
+data: {"type":"message_delta","delta":{"stop_reason":"tool_use","stop_sequence":null},"usage":{"input_tokens":1080,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":65,"output_tokens_details":{"thinking_tokens":12}},"context_management":{"applied_edits":[]},"copilot_usage":{"total_nano_aiu":6375000,"token_details":[]}}
+
+event: message_stop
+data: {"type":"message_stop"}
+
+data: [DONE]
+
+'''
+
+MESSAGES_SAID = cp.Reply("msg_bdrk_01TJ", "claude-opus-4-6", 0, [
+    cp.Thinking("The user wants", "EpQECkYI"), cp.Text("I'll check\u2028 é漢."),
+    cp.ToolCall("toolu_bdrk_015V18wN95yDNKVKs8yXLUdD", "get_weather", '{"location":"Tokyo"}')],
+    "tool", None, cp.Usage(1080, 65, 0, 0, 12, 6375000))
+
+MESSAGES_SPOKEN_WHOLE = {
+    "content": [{"text": "I'll check the current weather in Tokyo for you.", "type": "text"},
+                {"id": "toolu_bdrk_015V18wN95yDNKVKs8yXLUdD", "input": {"location": "Tokyo"}, "name": "get_weather", "type": "tool_use"}],
+    "context_management": {"applied_edits": []}, "id": "msg_bdrk_01TJg47gRyGaW5paPAZkPVVe", "model": "claude-sonnet-4-20250514", "role": "assistant",
+    "stop_reason": "tool_use", "stop_sequence": None, "type": "message",
+    "usage": {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "input_tokens": 1080, "output_tokens": 65}}
+
+def typed_frames(*bodies):
+    return [cp.Frame(body["type"], json.dumps(body)) for body in bodies]
+
+def message_stream(*blocks, **ends):
+    """A stream of an upstream: blocks are (content_block, delta …)."""
+    bodies = [{"type": "message_start", "message": {"id": "i", "model": "m", "usage": {"input_tokens": 5, "output_tokens": 1}}}]
+    for at, (block, *deltas) in enumerate(blocks):
+        bodies += [{"type": "content_block_start", "index": at, "content_block": block},
+                   *[{"type": "content_block_delta", "index": at, "delta": delta} for delta in deltas],
+                   {"type": "content_block_stop", "index": at}]
+    bodies += [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}, **ends}, {"type": "message_stop"}]
+    return typed_frames(*bodies)
+
+
+def google_chunk(*parts, **more):
+    """A chunk as Google sends it."""
+    candidate = {"content": {"parts": list(parts), "role": "model"}, "index": 0}
+    candidate.update({name: more.pop(name) for name in ("finishReason", "groundingMetadata", "citationMetadata", "logprobsResult",
+                                                        "safetyRatings") if name in more})
+    return {"candidates": [candidate], "modelVersion": "gemini-3-pro", "responseId": "r1", **more}
+
+GOOGLE_COUNTS = {"promptTokenCount": 19, "candidatesTokenCount": 5, "totalTokenCount": 31, "thoughtsTokenCount": 7, "cachedContentTokenCount": 4,
+                 "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 19}]}
+
+def opened_blocks(block, origin, upstream):
+    """Proposed for Stream algebra: a block of a request, opened; state that rode on its seal stands before it again."""
+    facts = cp.unseal(getattr(block, "seal", None) or "")
+    if facts is None or facts.get("k") in (None, "seal"):
+        found = [cp.opened(block, origin, upstream)]
+    else:
+        found = [cp.opened_thinking(cp.Thinking(signature=block.seal), origin, upstream), replace(block, seal=None)]
+    return [one for one in found if one is not None and one != cp.Text("")]
+
+
+GEMINI_RECORDED: Dict[str, HubFrames] = {
+    "google": plain_frames(
+        google_chunk({"text": "**Plan**", "thought": True}, usageMetadata={"promptTokenCount": 19, "totalTokenCount": 19}),
+        google_chunk({"text": "\nmore", "thought": True}),
+        google_chunk({"text": "Hel"}), google_chunk({"text": "lo"}),
+        google_chunk({"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "S"}, {"functionCall": {"name": "f", "args": {}, "id": "x"}}),
+        google_chunk({"text": ""}, finishReason="STOP", usageMetadata=GOOGLE_COUNTS)),
+    "grounded": plain_frames(
+        google_chunk({"text": "éa"}), google_chunk({"text": "bcd"}), google_chunk(finishReason="STOP", groundingMetadata={
+            "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
+            "groundingSupports": [{"segment": {"startIndex": 3, "endIndex": 6}, "groundingChunkIndices": [0]}]})),
+    "blocked": plain_frames({"promptFeedback": {"blockReason": "SAFETY"}, "responseId": "r"}),
+    "an error": plain_frames(google_chunk({"text": "a"}), {"error": {"code": 429, "message": "Quota.", "status": "RESOURCE_EXHAUSTED"}}),
+    "no end": plain_frames(google_chunk({"text": "a"})),
+}
+
+
+RECORDED_STREAMS: Dict[str, Dict[str, HubFrames]] = {
+    cp.CHAT: {label: frames for label, (frames, _) in CHAT_RECORDED.items()},
+    cp.RESPONSES: {label: frames for label, (frames, _) in RESPONSES_RECORDED.items()},
+    cp.MESSAGES: {"spoken": cp.parse_frames(MESSAGES_SPOKEN.encode()), "empty": message_stream()},
+    cp.GEMINI: GEMINI_RECORDED,
+}
+PLAIN_RECORDED = {dialect: set(streams) for dialect, streams in RECORDED_STREAMS.items()}  # those fed byte by byte and cut everywhere; the meters' are too
+for dialect, recordings in ((cp.CHAT, CHAT_STREAMS), (cp.RESPONSES, RESPONSES_STREAMS), (cp.MESSAGES, MESSAGES_STREAMS)):
+    RECORDED_STREAMS[dialect].update((f"meter: {recording.name}", cp.parse_frames(b"".join(recording.frames))) for recording in recordings)
+
+
+# ---------------------------------------------------------------------------- the laws
+
+
+class CodecLaws(unittest.TestCase):
+    """Laws 1 to 4 over all dialects."""
+
+    maxDiff = None
+
+    def legal(self, dialect: str, frames: HubFrames, asked: Optional[cp.Request] = None, agrees: bool = True) -> None:
+        GRAMMARS[dialect](self, frames, asked, agrees)
+        if len(frames) < 12:  # the grammar says more; this one is about bytes
+            self.assertEqual("", COMPLAINTS[dialect](cp.format_frames(frames)))
+
+    def assert_request_comes_back(self, dialect: str, request: cp.Request, label: Any, again: bool = False) -> None:
+        codec, wanted = cp.CODECS[dialect], mended(dialect, request)
+        if not wanted.messages:
+            return  # a conversation of nothing is refused
+        body = over_wire(codec.encode_request(request))
+        came = codec.decode_request(body)
+        self.assertEqual(wanted, came, (dialect, label))
+        if again:
+            self.assertEqual(mended(dialect, wanted), codec.decode_request(over_wire(codec.encode_request(came))), (dialect, label, "a second time"))
+
+    def assert_reply_comes_back(self, dialect: str, reply: cp.Reply, label: Any) -> cp.Reply:
+        codec = cp.CODECS[dialect]
+        came = codec.decode_reply(over_wire(codec.encode_reply(reply)))
+        self.assertEqual(with_made_ids(mended(dialect, reply), came), came, (dialect, label))
+        return came
+
+    def assert_stream_says(self, dialect: str, reply: cp.Reply, wanted: cp.Reply, label: Any, chance: Chance) -> None:
+        """The stream of an answer, its deltas, batches and bytes cut by chance, is legal and says the answer."""
+        events = chance.pieces(cp.replay(reply))
+        frames = flat_frames(cp.CODECS[dialect].encode_stream(cp.lawful(chance.cuts(events), TRACE)))
+        self.legal(dialect, frames)
+        self.assertEqual(wanted, read_back(dialect, fed_batches(chance.cuts(cp.format_frames(frames), 2000))), (dialect, label))
+
+
+class HubRequests(CodecLaws):
+    def test_requests_of_the_table_come_back_but_for_losses(self):
+        for label, request in HUB_REQUESTS.items():
+            before = copy.deepcopy(request)
+            for dialect in cp.CODECS:
+                with self.subTest(label, dialect=dialect):
+                    self.assert_request_comes_back(dialect, request, label, again=True)
+            self.assertEqual(before, request, f"{label}: encoding changed the request")
+
+    def test_random_requests_come_back_but_for_losses(self):
+        for seed in range(RANDOM_REQUESTS):
+            request = Chance(seed).request()
+            for dialect in cp.CODECS:
+                self.assert_request_comes_back(dialect, request, seed)
+
+    def test_every_ordered_pair_loses_what_both_lose(self):
+        for label, request in HUB_REQUESTS.items():
+            if label.startswith("lost: "):
+                continue
+            for first in cp.CODECS:
+                there = mended(first, request)
+                came = cp.CODECS[first].decode_request(cp.CODECS[first].encode_request(request)) if there.messages else there
+                for second in cp.CODECS if came.messages else ():
+                    wanted = mended(second, there)
+                    if first != second and wanted.messages:
+                        back = cp.CODECS[second].decode_request(cp.CODECS[second].encode_request(came))
+                        self.assertEqual(wanted, back, (first, second, label))
+
+    def test_every_row_of_losses_is_met_and_mends_for_good(self):
+        met: set = set()
+        whole: Dict[str, int] = defaultdict(int)
+        for value in [*HUB_REQUESTS.values(), *HUB_REPLIES.values(), *(Chance(seed).reply() for seed in range(60))]:
+            for dialect in cp.CODECS:
+                once = mended(dialect, value, met)
+                twice = mended(dialect, once)  # what was moved once may stand elsewhere the second time, not a third
+                self.assertEqual(twice, mended(dialect, twice) if twice != once else once, (dialect, value))
+                whole[dialect] += isinstance(value, cp.Request) and once == value
+        self.assertEqual([], [(dialect, row.what) for dialect in LOSSES for row in LOSSES[dialect] if (dialect, row.what) not in met])
+        self.assertGreater(min(whole.values()), 20, whole)
+
+
+class HubReplies(CodecLaws):
+    EXACT = (cp.RESPONSES, cp.GEMINI)  # their streams say no more than whole answers: nothing keeps places or spellings that those lose
+
+    def assert_both_ways(self, dialect: str, reply: cp.Reply, label: Any, chance: Chance) -> None:
+        came = self.assert_reply_comes_back(dialect, reply, label)
+        tidy = mended(dialect, reply)
+        again = self.assert_reply_comes_back(dialect, tidy, (label, "a second time"))
+        if dialect in self.EXACT:
+            self.assert_stream_says(dialect, reply, came, label, chance)
+        else:
+            self.legal(dialect, written(dialect, reply))
+            self.assert_stream_says(dialect, tidy, again, (label, "tidy"), chance)
+
+    def test_answers_of_the_table_come_back_whole_and_streamed(self):
+        for label, reply in HUB_REPLIES.items():
+            for dialect in cp.CODECS:
+                with self.subTest(label, dialect=dialect):
+                    self.assert_both_ways(dialect, reply, label, Chance(label))
+
+    def test_long_answers_come_back_whole_and_streamed(self):
+        reply = answer("w " * 3000, cp.Thinking("t" * 2000, "s", id="rs_2"), cp.ToolCall("c", "f", json.dumps({"a": "b" * 2000})), stop_reason="tool")
+        for dialect in cp.CODECS:
+            self.assert_both_ways(dialect, reply, "long", Chance(5))
+
+    def test_random_answers_come_back_whole_and_streamed(self):
+        for seed in range(RANDOM_REPLIES):
+            chance = Chance(seed)
+            reply = chance.reply()
+            for dialect in cp.CODECS:
+                self.assert_both_ways(dialect, reply, seed, chance)
+
+    def test_every_ordered_pair_loses_what_both_lose(self):
+        for label, reply in HUB_REPLIES.items():
+            for first in cp.CODECS:
+                there = cp.CODECS[first].decode_reply(over_wire(cp.CODECS[first].encode_reply(reply)))
+                for second in cp.CODECS:
+                    self.assert_reply_comes_back(second, there, (first, label))
+
+    def test_a_stream_is_the_same_however_it_is_cut(self):
+        for dialect, streams in RECORDED_STREAMS.items():
+            for label, frames in streams.items():
+                data = cp.format_frames(frames)
+                whole = hub_events(dialect, [cp.parse_frames(data)])
+                hub_grammar(self, whole)
+                for raw in (data, data.replace(b"\n", b"\r\n")):
+                    bytewise = [raw[at:at + 1] for at in range(len(raw))] if raw is not data and label in PLAIN_RECORDED[dialect] else [raw]
+                    for reads in (Chance(label).cuts(raw, 400), bytewise):
+                        self.assertEqual(whole, hub_events(dialect, fed_batches(reads)), (dialect, label, len(reads)))
+
+    def test_every_cut_of_a_stream_ends_it_legally(self):
+        for label in ("text and calls", "thinking and calls", "phases", "custom", "citations"):
+            for dialect, codec in cp.CODECS.items():
+                events = Chance(label).pieces(cp.replay(HUB_REPLIES[label]), 2)
+                for cut in range(len(events)):
+                    for batches in ([events[:cut]], [[event] for event in events[:cut]]):
+                        frames = flat_frames(codec.encode_stream(cp.lawful(batches, TRACE)))
+                        self.legal(dialect, frames)
+                        with self.assertRaises(cp.UpstreamError):
+                            read_back(dialect, [frames])
+
+    def test_every_cut_of_what_upstream_sends_ends_legally(self):
+        for dialect, streams in RECORDED_STREAMS.items():
+            for label, frames in streams.items():
+                for cut in range(0 if label in PLAIN_RECORDED[dialect] else len(frames), len(frames) + 1):
+                    for client in cp.CODECS if cut == len(frames) else (dialect,):
+                        self.legal(client, retold(dialect, [[frame] for frame in frames[:cut]], client), agrees=False)
+
+    def test_interleaved_blocks_all_arrive(self):
+        for seed in range(RANDOM_REPLIES // 4):
+            chance = Chance(seed)
+            reply = chance.reply()
+            for dialect, codec in cp.CODECS.items():
+                tidy = mended(dialect, reply)
+                frames = flat_frames(codec.encode_stream(cp.lawful(chance.cuts(chance.interleaved(tidy)), TRACE)))
+                self.legal(dialect, frames)
+                came = [repr(block) for block in read_back(dialect, [frames]).content if isinstance(block, cp.ToolCall)]
+                self.assertEqual(sorted(repr(block) for block in tidy.content if isinstance(block, cp.ToolCall) and block.seal is None),
+                                 sorted(call for call in came if "seal=None" in call), (dialect, seed))
+
+
+class CodecFuzz(CodecLaws):
+    """Whatever arrives, only the gateway's own errors are raised, and the client gets a legal stream."""
+
+    def test_requests(self):
+        chance, survived = Chance(7), 0
+        for dialect, codec in cp.CODECS.items():
+            bodies = [over_wire(codec.encode_request(request)) for request in HUB_REQUESTS.values() if mended(dialect, request).messages]
+            for number in range(FUZZ_RUNS):
+                body = chance.spoiled(chance.choice(bodies)) if number % 4 else {name: random_json(chance) for name in chance.sample(FUZZ_FIELDS[dialect], 4)}
+                if not isinstance(body, dict):
+                    continue
+                if chance.random() < 0.3:
+                    body[chance.choice(FUZZ_FIELDS[dialect])] = copy.deepcopy(chance.choice(HUB_JUNK))
+                try:
+                    request = codec.decode_request(body)
+                except cp.ClientError:
+                    continue
+                survived += 1
+                if dialect == cp.GEMINI:
+                    self.assertEqual(mended(dialect, request), codec.decode_request(over_wire(codec.encode_request(request))), body)
+                    for verb in ("embedContent", "batchEmbedContents"):
+                        try:
+                            cp.gemini_embedding_request(body, verb), cp.gemini_countable(body)
+                        except cp.ClientError:
+                            pass
+                for other, target in cp.CODECS.items():
+                    try:
+                        cp.dump_json(target.encode_request(request if other == dialect else cp.flatten(request, cp.Names(), other)))
+                    except cp.ProxyError:
+                        pass
+        self.assertGreater(survived, FUZZ_RUNS)
+
+    def test_answers(self):
+        chance = Chance(11)
+        for dialect, codec in cp.CODECS.items():
+            bodies = [over_wire(codec.encode_reply(reply)) for reply in HUB_REPLIES.values()]
+            for number in range(FUZZ_RUNS):
+                body = chance.spoiled(chance.choice(bodies)) if number % 4 else random_json(chance)
+                if not isinstance(body, dict):
+                    continue
+                codec.decode_usage(body), codec.stop_reason(body)
+                try:
+                    reply = codec.decode_reply(body)
+                except cp.ProxyError:
+                    continue
+                client = chance.choice(list(cp.CODECS))
+                cp.dump_json(cp.CODECS[client].encode_reply(reply))
+                self.legal(client, written(client, reply), agrees=False)
+
+    def test_spoiled_streams(self):
+        chance = Chance(13)
+        for dialect in cp.CODECS:
+            pools = [frames for frames in RECORDED_STREAMS[dialect].values()] + [written(dialect, reply) for reply in HUB_REPLIES.values()]
+            for _ in range(FUZZ_RUNS):
+                frames = [self.spoiled_frame(frame, chance) for frame in chance.choice(pools) if chance.random() > 0.03]
+                if chance.random() < 0.2:
+                    chance.shuffle(frames)
+                self.assert_survives(dialect, chance.cuts(frames), chance)
+
+    def spoiled_frame(self, frame: cp.Frame, chance: Chance) -> cp.Frame:
+        roll, body = chance.random(), cp.load_object(frame.data)
+        if roll < 0.03:
+            return cp.Frame(chance.choice((None, "x", "error", frame.event)), frame.data[:chance.randint(0, len(frame.data))])
+        return frame if roll < 0.6 or body is None else cp.Frame(frame.event, json.dumps(chance.spoiled(body)))
+
+    def test_random_bytes(self):
+        chance = Chance(17)
+        for dialect in cp.CODECS:
+            pools = [cp.format_frames(frames) for frames in RECORDED_STREAMS[dialect].values() if frames]
+            for _ in range(FUZZ_RUNS // 2):
+                data = bytearray(chance.choice(pools))
+                for _ in range(chance.randint(1, 30)):
+                    data[chance.randrange(len(data))] = chance.choice(b'{}[]":,\n\r\x00\xff e0tru')
+                data[chance.randrange(len(data)):0] = b"".join(random_frame(chance, ("error", "x")) for _ in range(chance.randint(0, 2)))
+                self.assert_survives(dialect, fed_batches(chance.cuts(bytes(data), 300)), chance)
+
+    def test_events_of_any_decoder(self):
+        """Every block type, any order of fields, no final forms, reasons nobody knows."""
+        odd = [cp.Text("a", citations=[1, {"type": "url_citation", "url": "u", "start_index": 5, "end_index": "x"},
+                                       {"url": "u", "start_index": 3, "end_index": 99}],
+                       extra={"logprobs": [1, {}, {"token": 5, "top_logprobs": [None]}]}), cp.Image(), cp.Image(url="u"), cp.File(),
+               cp.Thinking("t", "s", id="i"),
+               cp.ToolCall("", "", "x", "search", "ns"), cp.ToolResult("z", [cp.Thinking("x"), cp.ToolResult("y", [])]), cp.ToolReference("t"),
+               cp.Compaction("s"),
+               cp.Compaction(), cp.Refusal("r"), cp.Refusal(""), cp.Opaque("executableCode", 5), cp.Opaque("server_tool_use", 1), cp.Opaque("x", None),
+               cp.Opaque("", None)]
+        chance = Chance(19)
+        for _ in range(FUZZ_RUNS // 2):
+            events: List[Any] = [cp.ReplyStart("", "", 5)]
+            for at in range(chance.randint(0, 6)):
+                block = chance.choice(odd)
+                events += [cp.BlockStart(at, block), cp.BlockDelta(at, "x"), cp.BlockStop(at, chance.choice((None, block)))]
+            events.append(cp.ReplyStop(chance.choice(("end", "odd"))))
+            for dialect, codec in cp.CODECS.items():
+                self.legal(dialect, flat_frames(codec.encode_stream(cp.lawful([events], TRACE))), agrees=False)
+        for dialect, codec in cp.CODECS.items():
+            request = cp.Request("m", [cp.Message(role, odd) for role in ("system", "user", "assistant", "developer")],
+                                 [cp.Tool("", kind="custom"), cp.Tool("x", kind="server")],
+                                 cp.ToolChoice("tool"), reasoning=cp.Reasoning("on", "weird"), extra={"generationConfig": 5, "labels": 5})
+            cp.dump_json(codec.encode_request(request))
+            cp.dump_json(codec.encode_reply(cp.Reply("i", "m", content=odd, stop_reason="weird")))
+
+    def assert_survives(self, dialect: str, batches: List[HubFrames], chance: Chance) -> None:
+        events = list(cp.lawful(cp.CODECS[dialect].decode_stream(batches), TRACE))
+        client, asked = chance.choice((dialect, *cp.CODECS)), chance.choice((None, cp.Request("m", [])))
+        self.legal(client, flat_frames(cp.CODECS[client].encode_stream(iter(events), asked)), asked, agrees=False)
+        try:
+            cp.collect(events)
+        except cp.UpstreamError:
+            pass
+
+
+RANDOM_REQUESTS, RANDOM_REPLIES = 400, 110  # seeds; each is one case in every dialect
+FUZZ_RUNS = 200  # of each kind, per dialect
+FUZZ_FIELDS: Dict[str, List[str]] = {
+    cp.CHAT: ["messages", "tools", "tool_choice", "stop", "logprobs", "top_logprobs", "metadata", "reasoning_effort", "thinking_budget", "response_format",
+              "stream", "stream_options", "functions", "function_call"],
+    cp.RESPONSES: ["input", "instructions", "tools", "tool_choice", "reasoning", "text", "include", "metadata", "parallel_tool_calls", "top_logprobs", "stream",
+                   "max_output_tokens"],
+    cp.MESSAGES: [*sorted(cp.MESSAGES_READ), *cp.MESSAGES_EXTRA], cp.GEMINI: sorted(cp.GEMINI_READ | cp.GEMINI_CONFIG_READ | {"parts", "text", "role"})}
+
+
+# ---------------------------------------------------------------------------- Chat: its own shapes
+
+
+class ChatCodecRequests(unittest.TestCase):
+    maxDiff = None
+
+    def test_towards_copilot(self):
+        body = CHAT_CODEC.encode_request(HUB_REQUESTS["sampling"])
+        self.assertEqual({"include_usage": True}, body["stream_options"])
+        self.assertEqual((7, True, 3, ["x", "y"]), (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["stop"]))
+        self.assertEqual([{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "reasoning_opaque": "EpQE", "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]},
+                          {"role": "tool", "tool_call_id": "call_1", "content": "a"}],
+            CHAT_CODEC.encode_request(HUB_REQUESTS["thinking at a call"])["messages"])
+        self.assertEqual({"role": "assistant", "content": "done", "reasoning_text": "plan", "reasoning_opaque": "EpQE"},
+                         CHAT_CODEC.encode_request(HUB_REQUESTS["thinking"])["messages"][1])
+        self.assertNotIn("stream_options", CHAT_CODEC.encode_request(HUB_REQUESTS["one word"]))
+
+    def test_rich_results_follow_all_tool_messages(self):
+        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+        file = {"type": "file", "file": {"filename": "a", "file_data": f"data:application/pdf;base64,{PNG}"}}
+        self.assertEqual([
+            {"role": "tool", "tool_call_id": "call_1", "content": "shot"},
+            {"role": "tool", "tool_call_id": "call_2", "content": "The result follows in the next user message."},
+            {"role": "user", "content": [{"type": "text", "text": "Tool result for call_1:"}, image, {"type": "text", "text": "Tool result for call_2:"}, file,
+                                         {"type": "text", "text": "before"}, {"type": "text", "text": "between"}, {"type": "text", "text": "after"}]}],
+            CHAT_CODEC.encode_request(HUB_REQUESTS["rich results"])["messages"][2:])
+
+    def test_clients_words(self):
+        request = CHAT_CODEC.decode_request({
+            "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 5, "max_tokens": 9, "stop": "x",
+            "logprobs": False, "top_logprobs": 2, "n": 1,
+            "messages": [{"role": "system", "content": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}]},
+                         {"role": "user", "content": [{"type": "image_url", "image_url": "https://x"}, {"type": "input_text", "text": "a"}]},
+                         {"role": "assistant", "content": "", "reasoning_content": "t",
+                          "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                         {"role": "tool", "tool_call_id": "c", "name": "f",
+                          "content": [{"type": "text", "text": "r"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]},
+                         {"role": "assistant", "content": None, "function_call": {"name": "g", "arguments": "{}"}},
+                         {"role": "function", "name": "g", "content": "old"},
+                         {"role": "user", "content": "go"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}, {"type": "function", "name": "flat", "parameters": TOWN_SCHEMA},
+                      {"type": "web_search_preview"}, {"function": {"name": "bare"}}],
+            "functions": [{"name": "g", "parameters": TOWN_SCHEMA}], "function_call": {"name": "g"}})
+        self.assertEqual([
+            cp.Message("system", [cp.Text("s", cache={"type": "ephemeral"})]), user(cp.Image(url="https://x"), "a"),
+            assistant(cp.Thinking("t"), cp.ToolCall("c", "f", "{}")),
+            user(result("c", "r", cp.Image("image/png", PNG), extra={"name": "f"})), assistant(cp.ToolCall("g", "g", "{}")),
+            user(result("g", "old", extra={"name": "g"}), "go")], request.messages)
+        self.assertEqual([("f", "function"), ("flat", "function"), ("web_search_preview", "server"), ("bare", "function"), ("g", "function")],
+                         [(t.name, t.kind) for t in request.tools])
+        self.assertEqual((cp.ToolChoice("tool", "g"), 5, ["x"], None, {"stream_options": {"include_usage": True}, "n": 1}),
+                         (request.tool_choice, request.max_tokens, request.stop, request.logprobs, request.extra))
+
+    def test_wrong_types_are_named(self):
+        for name, value in (("messages", {}), ("messages", []), ("tools", {}), ("temperature", "hot"), ("stream", 1), ("max_tokens", "9"), ("metadata", 3),
+                            ("parallel_tool_calls", "yes"),
+                            ("stop", 7), ("stop", [1]), ("logprobs", 3), ("thinking_budget", "x"), ("top_logprobs", "x"), ("seed", "x")):
+            with self.subTest(name), self.assertRaises(cp.ClientError) as caught:
+                CHAT_CODEC.decode_request({"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, name: value})
+            self.assertIn(name, caught.exception.message)
+        for message in ({"role": "robot"}, {"role": "user", "content": 7}, "hi", {"role": "assistant", "tool_calls": {}}):
+            with self.assertRaises(cp.ClientError):
+                CHAT_CODEC.decode_request({"model": "m", "messages": [message]})
+
+    def test_choices(self):
+        function, custom = {"type": "function", "function": {"name": "f"}}, {"type": "custom", "custom": {"name": "p"}}
+        for value, wanted in ((function, cp.ToolChoice("tool", "f")), (custom, cp.ToolChoice("tool", "p", kind="custom")),
+                              ({"type": "function", "name": "f"}, cp.ToolChoice("tool", "f")), ("any", None), ({}, None), (7, None), ([], None),
+                              ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [function]}}, cp.ToolChoice("tool", "f")),
+                              ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [function, custom]}}, cp.ToolChoice("required")),
+                              ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [function]}}, cp.ToolChoice("auto")),
+                              ({"type": "allowed_tools"}, cp.ToolChoice("auto")),
+                              ({"type": "auto"}, None), ({"type": "function", "function": 3}, None)):
+            self.assertEqual(wanted, cp.chat_choice(value), value)
+
+
+class ChatCodecStreams(unittest.TestCase):
+    maxDiff = None
+
+    def test_streams_keep_the_order_of_words_and_calls(self):
+        content = [cp.Text("a"), CITY_CALL, cp.Text("b"), cp.ToolCall("c2", "f", "{}"), cp.Thinking("t", "s"), cp.Text("c"), cp.Refusal("d")]
+        self.assertEqual(content, read_back(cp.CHAT, [written(cp.CHAT, answer(*content, stop_reason="tool"))]).content)
+
+    def test_recorded_streams(self):
+        for label, (frames, wanted) in CHAT_RECORDED.items():
+            with self.subTest(label):
+                came = read_back(cp.CHAT, [frames])
+                if wanted is not None:
+                    self.assertEqual(wanted, came)
+                self.assertEqual(came, read_back(cp.CHAT, [[frame] for frame in frames]))
+                made = [f for fs in CHAT_CODEC.encode_stream(cp.lawful(CHAT_CODEC.decode_stream([frames]), "t")) for f in fs]
+                chat_grammar(self, made)
+                again = read_back(cp.CHAT, [made])
+                self.assertEqual(came.content if "two opaque" not in label else came.content[:2], again.content)
+                hub_grammar(self, hub_events(cp.CHAT, [frames]))
+
+    def test_old_call_gets_an_id(self):
+        came = read_back(cp.CHAT, [CHAT_RECORDED["old function_call"][0]])
+        self.assertEqual(("f", "{}"), (came.content[0].name, came.content[0].arguments))
+        self.assertRegex(came.content[0].id, r"^call_[0-9a-f]{24}$")
+        nameless = read_back(cp.CHAT, [plain_frames(gpt_delta(call_delta(0, "{}")), gpt_delta(call_delta(1)), gpt_delta({}, "tool_calls"))])
+        self.assertEqual([("tool", "{}")], [(b.name, b.arguments) for b in nameless.content])
+
+    def test_split_choices_of_whole_answers(self):
+        body = {"choices": [
+            {"finish_reason": "tool_calls", "message": {"content": "I'll check.", "role": "assistant", "reasoning_text": "…", "reasoning_opaque": "EpQE"}},
+            {"finish_reason": "tool_calls", "message": {"role": "assistant", "padding": "abc", "reasoning_text": "…", "reasoning_opaque": "EpQE",
+                                                        "tool_calls": [{"function": {"arguments": "{}", "name": "f"}, "id": "t1", "type": "function"}]}},
+            {"message": {"tool_calls": [{"function": {"arguments": "[]", "name": "g"}, "id": "t2", "type": "function"}]}}],
+            "created": 5, "id": "msg_1", "usage": CLAUDE_COUNTS, "model": "claude-sonnet-4"}
+        self.assertEqual(cp.Reply("msg_1", "claude-sonnet-4", 5, [cp.Thinking("…", "EpQE"), cp.Text("I'll check."), cp.ToolCall("t1", "f", "{}"),
+                                                                  cp.ToolCall("t2", "g", "[]")], "tool", None, cp.Usage(1080, 70)),
+                         CHAT_CODEC.decode_reply(body))
+
+    def test_whole_gpt_answer(self):
+        body = {"choices": [{"finish_reason": "stop", "index": 0, "message": {"padding": "abc", "role": "assistant", "content": "hi"}}], "id": "i",
+                "usage": GPT_COUNTS, "model": "m",
+                "copilot_usage": {"total_nano_aiu": 9}, "error": None}
+        self.assertEqual(cp.Reply("i", "m", 0, [cp.Text("hi")], "end", None, cp.Usage(965, 93, 5, 0, 3, 9)), CHAT_CODEC.decode_reply(body))
+        for error in ({"error": {"message": "no", "code": "rate_limited"}}, {"error": {"message": "no"}, "choices": []}, {"error": "no"}):
+            with self.assertRaises(cp.UpstreamError):
+                CHAT_CODEC.decode_reply(error)
+
+    def test_answers_of_ours(self):
+        reply = answer(cp.Thinking("plan", "EpQE"), "look", CITY_CALL, stop_reason="tool")
+        body = CHAT_CODEC.encode_reply(replace(reply, model=""), ask(user("x")))
+        self.assertEqual({
+            "id": "resp_1", "object": "chat.completion", "created": 1772432000, "model": "m",
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
+                "role": "assistant", "content": "look", "refusal": None, "reasoning_content": "plan", "reasoning_text": "plan", "reasoning_opaque": "EpQE",
+                "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120,
+                      "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 10},
+                      "completion_tokens_details": {"reasoning_tokens": 5}}}, body)
+        deltas = [json.loads(frame.data)["choices"][0]["delta"] for frame in written(cp.CHAT, reply)[:-2]]
+        self.assertEqual([{"role": "assistant", "content": ""}, {"reasoning_content": "plan", "reasoning_text": "plan"}, {"reasoning_opaque": "EpQE"},
+                          {"content": "look"},
+                          {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}]},
+                          {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": "Paris"}'}}]}, {}], deltas)
+
+    def test_usage_only_for_those_who_ask(self):
+        silent, asking = ask(user("x"), stream=True), ask(user("x"), stream=True, extra={"stream_options": {"include_usage": True}})
+        for asked, chunks in ((None, 1), (silent, 0), (asking, 1), (ask(user("x"), extra={"stream_options": {}}), 0)):
+            frames = written(cp.CHAT, answer("hi"), asked)
+            chat_grammar(self, frames, asked)
+            self.assertEqual(chunks, sum('"usage"' in frame.data for frame in frames))
+
+    def test_faults(self):
+        error = {"error": {"message": "slow down", "code": "rate_limited"}}
+        for frames in (plain_frames(gpt_delta({"content": "x"}), error, gpt_delta({"content": "late"}), "[DONE]"), plain_frames(error),
+                       plain_frames({**error, "choices": []}), plain_frames({**error, "choices": None}), plain_frames({"error": "slow down"})):
+            events = hub_events(cp.CHAT, [frames])
+            self.assertIs(cp.Fault, type(events[-1]))
+            self.assertIn("slow down", events[-1].failure.message)
+            made = [f for fs in CHAT_CODEC.encode_stream(cp.lawful([events], "t")) for f in fs]
+            chat_grammar(self, made)
+            self.assertIn('"error"', made[-2].data)
+        for frames in (plain_frames(), plain_frames("[DONE]"), plain_frames(GPT_EMPTY_FIRST, "[DONE]"), plain_frames(gpt_delta({"content": "x"})),
+                       plain_frames(gpt_delta(call_delta(0, "{\"a", "c", "f")))):
+            events = [e for es in cp.lawful(CHAT_CODEC.decode_stream([frames]), "t") for e in es]
+            self.assertEqual(cp.Fault(cp.CUT), events[-1])
+            made = [f for fs in CHAT_CODEC.encode_stream([events]) for f in fs]
+            chat_grammar(self, made)
+            self.assertNotIn("{}", made[-3].data if len(made) > 2 else "")
+
+    def test_a_cut_call_is_not_completed(self):
+        events = list(cp.lawful(CHAT_CODEC.decode_stream([plain_frames(gpt_delta(call_delta(0, "", "c", "f")))]), "t"))
+        self.assertNotIn('"{}"', cp.format_frames([f for fs in CHAT_CODEC.encode_stream(events) for f in fs]).decode())
+
+    def test_every_cut_is_legal(self):
+        for label, (frames, _) in CHAT_RECORDED.items():
+            for at in range(len(frames) + 1):
+                batches = cp.lawful(CHAT_CODEC.decode_stream([[frame] for frame in frames[:at]]), "t")
+                chat_grammar(self, [f for fs in CHAT_CODEC.encode_stream(batches) for f in fs])
+
+    def test_text_streams_live(self):
+        frames = CHAT_RECORDED["claude"][0]
+        reader, opened = cp.ChatReader(), []
+        seen = [[type(e).__name__ for e in reader.read([frame])] for frame in frames]
+        self.assertEqual([["ReplyStart", "BlockStart", "BlockDelta"], ["BlockDelta"], ["Pulse"], ["BlockStop", "BlockStart", "BlockDelta"], ["BlockDelta"],
+                          ["BlockStop", "BlockStart"], ["BlockDelta"], ["Pulse"], ["BlockStop", "ReplyStop"]], seen)
+
+    def test_skeleton_says_what_parsing_says(self):
+        chance = random.Random(5)
+        words = [*HUB_WORDS, '"', "\\", '","finish_reason":"stop"', "\ud83d", "a\tb", '"}}]}', "?"]
+        for run in range(300):
+            field = chance.choice(("content", "reasoning_text", "reasoning_content", "cot_summary", ""))
+            frames = plain_frames(*(gpt_delta({field: chance.choice(words)} if field else call_delta(0, chance.choice(words),
+                                                                                                     chance.choice((None, None, "a", "b")),
+                                                                                                     chance.choice((None, "f"))),
+                               created=1 + (chance.random() < 0.1)) for _ in range(chance.randint(2, 12))))
+            frames = [f if chance.random() > 0.1 else cp.Frame(None, chance.choice((f.data.replace('"index": 0', '"index": 0, "x": "y"'), f.data[:-1],
+                                                                                    f.data + " ", f.data.replace('": "', '": "\t'),
+                                                                                 f.data.replace("null", "7", 1),
+                                                                                    json.dumps(gpt_delta({"content": "x",
+                                                                                                          "tool_calls": [{"index": 0, "function": {"arguments": "y"}}]})),
+                                                                                 f.data.replace('"delta"', '"content":"x","delta"')))) for f in frames]
+            quick, slow = cp.ChatReader(), cp.ChatReader()
+            slow.LEARNINGS = 0
+            for frame in frames + plain_frames(gpt_delta({}, "stop"), "[DONE]"):
+                self.assertEqual(slow.read([frame]), quick.read([frame]))
+
+    def test_other_roads(self):
+        """Chat streams to the other dialects, names restored."""
+        for client in (cp.RESPONSES, cp.MESSAGES):
+            codec = cp.CODECS[client]
+            for label, (frames, _) in CHAT_RECORDED.items():
+                made = [f for fs in codec.encode_stream(cp.lawful(CHAT_CODEC.decode_stream([frames]), "t")) for f in fs]
+                came = cp.collect(cp.lawful(codec.decode_stream([made]), "t"))
+                self.assertEqual(read_back(cp.CHAT, [frames]).stop_reason, came.stop_reason, label)
+                back = [f for fs in CHAT_CODEC.encode_stream(cp.lawful(codec.decode_stream([made]), "t")) for f in fs]
+                chat_grammar(self, back)
+                self.assertEqual([b for b in read_back(cp.CHAT, [frames]).content if isinstance(b, cp.ToolCall)],
+                                 [b for b in came.content if isinstance(b, cp.ToolCall)]) if label != "custom call" else None
+
+
+# ---------------------------------------------------------------------------- Responses: its own shapes
+
+
+class ResponsesCodecRequests(unittest.TestCase):
+    maxDiff = None
+
+    def test_towards_copilot(self):
+        body = RESPONSES_CODEC.encode_request(HUB_REQUESTS["reasoning"])
+        self.assertEqual((False, ["reasoning.encrypted_content"], False), (body["store"], body["include"], body["stream"]))
+        self.assertEqual({"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "**Plan**\n\nfirst"}], "encrypted_content": "gAAA"},
+                         body["input"][1])
+        for request in HUB_REQUESTS.values():
+            for item in RESPONSES_CODEC.encode_request(request)["input"]:
+                if item["type"] not in ("reasoning", "compaction", "item_reference"):
+                    self.assertNotIn("id", item)
+
+    def test_codex_code_mode(self):
+        body = {"model": "gpt-6", "tool_choice": "auto", "stream": True, "store": False, "input": [
+            {"type": "additional_tools", "role": "developer", "id": "at_1", "tools": [{"type": "namespace", "name": "functions", "description": "Code",
+                                                                                       "tools": [
+                {"type": "custom", "name": "exec", "format": LARK}, {"type": "function", "name": "wait", "parameters": TOWN_SCHEMA}]}]},
+            {"type": "message", "role": "developer", "id": "msg_1", "content": [{"type": "input_text", "text": "you are"}]},
+            {"type": "message", "role": "user", "content": "run"},
+            {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": "gA"},
+            {"type": "custom_tool_call", "id": "ctc_1", "call_id": "c", "name": "exec", "namespace": "functions", "input": "1"},
+            {"type": "custom_tool_call_output", "id": "ctco_1", "call_id": "c", "output": [{"type": "input_text", "text": "1"}]}]}
+        request = RESPONSES_CODEC.decode_request(body)
+        self.assertEqual(["developer", "user", "assistant", "user"], [m.role for m in request.messages])
+        self.assertEqual([("exec", "custom", "functions"), ("wait", "function", "functions")], [(t.name, t.kind, t.namespace) for t in request.tools])
+        again = RESPONSES_CODEC.encode_request(request)
+        self.assertEqual([{"type": "namespace", "name": "functions", "description": "Code", "tools": [
+            {"type": "custom", "name": "exec", "format": LARK}, {"type": "function", "name": "wait", "strict": False, "parameters": TOWN_SCHEMA}]}],
+                         again["tools"])
+        self.assertEqual(RESPONSES_CODEC.decode_request(again).tools[0], request.tools[0])
+
+    def test_wrong_types_are_named(self):
+        for field_name, value in (("input", {}), ("tools", {}), ("reasoning", []), ("text", "x"), ("temperature", "hot"), ("stream", 1),
+                                  ("max_output_tokens", "9"),
+                                  ("metadata", 3), ("parallel_tool_calls", "yes"), ("top_logprobs", "x")):
+            with self.subTest(field_name), self.assertRaises(cp.ClientError) as caught:
+                RESPONSES_CODEC.decode_request({"model": "m", "input": "x", field_name: value})
+            self.assertIn(field_name, caught.exception.message)
+
+    def test_forms_of_input(self):
+        same = [RESPONSES_CODEC.decode_request({"model": "m", "input": given}) for given in (
+            "hi", [{"role": "user", "content": "hi"}], [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+            [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [{"role": "user", "content": ["hi"]}])]
+        self.assertTrue(all(one == same[0] for one in same))
+        self.assertEqual([cp.Opaque("item_reference", {"id": "rs_1"})],
+                         RESPONSES_CODEC.decode_request({"model": "m", "input": [{"id": "rs_1"}]}).messages[0].content)
+
+    def test_allowed_tools(self):
+        for value, wanted in (({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, cp.ToolChoice("tool", "f")),
+                              ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}] * 2}, cp.ToolChoice("required")),
+                              ({"type": "allowed_tools", "mode": "auto", "tools": []}, cp.ToolChoice("auto")), ("any", None), ({}, None), (7, None)):
+            self.assertEqual(wanted, RESPONSES_CODEC.decode_request({"model": "m", "input": "x", "tool_choice": value}).tool_choice)
+
+
+class ResponsesCodecStreams(unittest.TestCase):
+    maxDiff = None
+
+    def test_recorded_streams(self):
+        for label, (frames, wanted) in RESPONSES_RECORDED.items():
+            with self.subTest(label):
+                came = read_back(cp.RESPONSES, [frames])
+                self.assertEqual(came, read_back(cp.RESPONSES, [[frame] for frame in frames]))
+                self.assertEqual(wanted or replace(RESPONSES_SAID, id="resp_9"), came if wanted else replace(came, id="resp_9", model="gpt-5.4",
+                                                                                                             created_at=1772432000))
+        self.assertEqual(RESPONSES_SAID, RESPONSES_CODEC.decode_reply({**RESPONSES_DONE["response"], "copilot_usage": RESPONSES_DONE["copilot_usage"]}))
+
+    def test_text_streams_live(self):
+        events = [event for events in RESPONSES_CODEC.decode_stream([RESPONSES_SPOKEN]) for event in events]
+        self.assertEqual(["**Pl", "an**", "\n\n", "**Do**", "Hi", " you", "{\"ci", "ty\":\"Tokyo\"}"], [e.text for e in events if type(e) is cp.BlockDelta])
+        opened = None
+        for event in events:  # one block at a time
+            if type(event) is cp.BlockStart:
+                self.assertIsNone(opened)
+                opened = event.index
+            elif type(event) is cp.BlockStop:
+                opened = None
+
+    def test_other_items(self):
+        search = {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "x"}}
+        found = {"type": "tool_search_call", "id": "t", "call_id": "s", "execution": "client", "status": "completed", "arguments": {"query": "x"}}
+        served = {**found, "execution": "server", "call_id": None}
+        custom = {"type": "custom_tool_call", "id": "c", "call_id": "k", "name": "exec", "namespace": "functions", "input": "1+1"}
+        compact = {"type": "compaction", "id": "cmp", "encrypted_content": "gAA"}
+        refusal = {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, {"type": "strange", "x": 1}]}
+        thought = {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "raw"}]}
+        output = [search, found, served, custom, compact, refusal, thought]
+        events = [("response.created", {"response": RESPONSES_SHELL}), ("response.web_search_call.searching", {"output_index": 0, "item_id": "?"})]
+        for at, item in enumerate(output):
+            events += [("response.output_item.added", {"output_index": at, "item": {**item, "arguments": {}, "input": "", "content": [],
+                                                                                    "status": "in_progress"}})]
+            if item is custom:
+                events += [("response.custom_tool_call_input.delta", {"output_index": at, "delta": "1+"}),
+                           ("response.custom_tool_call_input.done", {"output_index": at, "input": "1+1"})]
+            if item is refusal:
+                events += [("response.content_part.added", {"output_index": at, "content_index": 0, "part": {"type": "refusal", "refusal": ""}}),
+                           ("response.refusal.delta", {"output_index": at, "content_index": 0, "delta": "no"}),
+                           ("response.refusal.done", {"output_index": at, "content_index": 0, "refusal": "no"})]
+            if item is thought:
+                events += [("response.reasoning_text.delta", {"output_index": at, "content_index": 0, "delta": "r"}),
+                           ("response.reasoning_text.delta", {"output_index": at, "content_index": 0, "delta": "aw"})]
+            events += [("response.output_item.done", {"output_index": at, "item": item})]
+        body = {**RESPONSES_SHELL, "status": "completed", "output": output, "usage": RESPONSES_COUNTS}
+        frames = numbered_frames(*events, ("response.completed", {"response": body}))
+        wanted = [cp.Opaque("web_search_call", search), cp.ToolCall("s", "tool_search", '{"query":"x"}', "search"), cp.Opaque("tool_search_call", served),
+                  cp.ToolCall("k", "exec", "1+1", "custom", "functions"), cp.Compaction("gAA", id="cmp"), cp.Refusal("no"),
+                  cp.Opaque("strange", {"type": "strange", "x": 1}), cp.Thinking("raw", id="r")]
+        self.assertEqual(wanted, read_back(cp.RESPONSES, [frames]).content)
+        self.assertEqual(read_back(cp.RESPONSES, [frames]), RESPONSES_CODEC.decode_reply(body))
+
+    def test_annotations_and_logprobs_in_events(self):
+        note, logprob = {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}, {"token": "a", "logprob": -1}
+        frames = numbered_frames(("response.created", {"response": RESPONSES_SHELL}),
+                     ("response.output_text.delta", {"output_index": 0, "content_index": 0, "delta": "a", "logprobs": [logprob]}),
+                     ("response.output_text.annotation.added", {"output_index": 0, "content_index": 0, "annotation": note, "annotation_index": 0}),
+                     ("response.completed", {"response": {**RESPONSES_SHELL, "status": "completed", "output": []}}))
+        self.assertEqual([cp.Text("a", citations=[note], extra={"logprobs": [logprob]})], read_back(cp.RESPONSES, [frames]).content)
+
+    def test_endings(self):
+        def reply(kind, **response):
+            return read_back(cp.RESPONSES, [numbered_frames(("response.created", {"response": RESPONSES_SHELL}),
+                                                            (kind, {"response": {**RESPONSES_SHELL, "output": [RESPONSES_OUTPUT[1]], **response}}))])
+        self.assertEqual("length", reply("response.incomplete", status="incomplete", incomplete_details={"reason": "max_output_tokens"}).stop_reason)
+        self.assertEqual("filter", reply("response.incomplete", status="incomplete", incomplete_details={"reason": "content_filter"}).stop_reason)
+        self.assertEqual("length", reply("response.incomplete", status="incomplete", incomplete_details=None).stop_reason)
+        self.assertEqual("end", reply("response.completed", status="completed").stop_reason)
+        self.assertEqual("end", reply("response.completed").stop_reason)
+
+    def test_failures(self):
+        failed = ("response.failed", {"response": {**RESPONSES_SHELL, "status": "failed", "error": None}})
+        told = ("response.failed", {"response": {**RESPONSES_SHELL, "status": "failed", "error": {"code": "server_is_overloaded", "message": "busy"}}})
+        flat = ("error", {"code": "rate_limited", "message": "slow down", "param": None})
+        nested = ("error", {"error": {"code": "user_global_rate_limited:pro", "message": "session limit"}})
+        for label, events, message in (("told", [told], "busy"), ("null", [failed], "the response failed"), ("null then error", [failed, flat], "slow down"),
+                                       ("flat", [flat], "slow down"),
+                                       ("nested", [nested], "session limit"), ("error then failed", [flat, told], "slow down"),
+                                       ("null then noise", [failed, ("ping", {})], "the response failed"),
+                                       ("cancelled", [("response.cancelled", {"response": RESPONSES_SHELL})], "the response was cancelled")):
+            with self.subTest(label):
+                frames = numbered_frames(("response.created", {"response": RESPONSES_SHELL}), *events)
+                for batches in ([frames], [[frame] for frame in frames]):
+                    with self.assertRaises(cp.UpstreamError) as caught:
+                        read_back(cp.RESPONSES, batches)
+                    self.assertEqual(message, caught.exception.failure.message)
+        for body in (failed[1]["response"], told[1]["response"], {"error": {"message": "no", "code": "x"}}):
+            with self.assertRaises(cp.UpstreamError):
+                RESPONSES_CODEC.decode_reply(body)
+
+    def test_a_call_cut_short_is_never_done(self):
+        events = [cp.ReplyStart("r", "m"), cp.BlockStart(0, cp.ToolCall("c", "rm", "")), cp.BlockDelta(0, '{"path": "/')]
+        frames = [f for fs in RESPONSES_CODEC.encode_stream(cp.lawful([events], "t")) for f in fs]
+        self.assertNotIn("response.output_item.done", [f.event for f in frames])
+        self.assertEqual("upstream_interrupted" if cp.INTERRUPTED == "upstream_interrupted" else cp.INTERRUPTED,
+                         json.loads(frames[-1].data)["response"]["error"]["code"])
+
+    def test_interleaved_blocks(self):
+        events = [cp.ReplyStart("r", "m"), cp.BlockStart(0, cp.Text("")), cp.BlockDelta(0, "a"), cp.BlockStart(1, cp.ToolCall("c", "f", "")),
+                  cp.BlockStart(2, cp.ToolCall("d", "g", "")),
+                  cp.BlockDelta(1, "{"), cp.BlockDelta(2, "{"), cp.BlockDelta(0, "b"), cp.BlockDelta(1, "}"), cp.Pulse(), cp.BlockDelta(2, "}"),
+                  cp.BlockStop(2), cp.BlockStop(0), cp.BlockStop(1),
+                  cp.BlockStart(3, cp.Text("")), cp.BlockDelta(3, "c"), cp.BlockStop(3), cp.ReplyStop("tool", SOME_USAGE)]
+        for batches in ([events], [[event] for event in events]):
+            frames = [f for fs in RESPONSES_CODEC.encode_stream(cp.lawful(batches, "t")) for f in fs]
+            responses_grammar(self, frames)
+            self.assertEqual([cp.Text("ab"), cp.ToolCall("c", "f", "{}"), cp.ToolCall("d", "g", "{}"), cp.Text("c")], read_back(cp.RESPONSES, [frames]).content)
+
+    def test_echo_of_what_was_asked(self):
+        asked = HUB_REQUESTS["search"]
+        asked = replace(asked, messages=[system("be brief")] + asked.messages, tool_choice=cp.ToolChoice("required"), parallel_tools=False, max_tokens=500,
+                        temperature=0.3,
+                        reasoning=cp.Reasoning(effort="low"), output=cp.OutputFormat(TOWN_SCHEMA, "city"), metadata={"a": "b"})
+        body = RESPONSES_CODEC.encode_reply(HUB_REPLIES["a word"], asked)
+        self.assertEqual(("be brief", "required", False, 500, 0.3, {"effort": "low", "summary": None}, {"a": "b"}),
+                         tuple(body[name] for name in ("instructions", "tool_choice", "parallel_tool_calls", "max_output_tokens", "temperature", "reasoning",
+                                                       "metadata")))
+        self.assertEqual(["tool_search", "namespace"], [tool["type"] for tool in body["tools"]])
+        self.assertEqual("json_schema", body["text"]["format"]["type"])
+
+
+# ---------------------------------------------------------------------------- Messages: its own shapes
+
+
+class MessagesCodecRequests(unittest.TestCase):
+    maxDiff = None
+
+    def test_losses_are_exactly_these(self):
+        for what, sent, got in MESSAGES_EXAMPLES:
+            with self.subTest(what):
+                self.assertNotEqual(sent, got)
+                self.assertEqual(mended(cp.MESSAGES, sent), got)
+                if isinstance(sent, cp.Request):
+                    self.assertEqual(through_messages(sent), got)
+                    self.assertEqual(through_messages(got), got)
+                else:
+                    self.assertEqual(MESSAGES_CODEC.decode_reply(json.loads(cp.dump_json(MESSAGES_CODEC.encode_reply(sent)))), got)
+                    self.assertEqual(messages_read(written(cp.MESSAGES, sent)), got)
+
+    def test_what_the_dialect_says_in_full_comes_back_in_full(self):
+        for label, value in [*HUB_REQUESTS.items(), *HUB_REPLIES.items()]:
+            if not label.startswith("lost: ") and (value.id == "msg_1" if isinstance(value, cp.Reply) else value.max_tokens == 100):
+                self.assertEqual(value, mended(cp.MESSAGES, value), label)
+
+    def test_claude_code_first_turn(self):
+        body = {"model": "claude-opus-5-5", "max_tokens": 128000, "stream": True, "metadata": {"user_id": CLAUDE_CODE_USER},
+                "thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "medium"},
+                "context_management": {"edits": []}, "safeguards": [1],
+                "system": [{"type": "text", "text": "x-anthropic-billing-header: a"}, {"type": "text", "text": "You are", "cache_control": EPHEMERAL}],
+                "tools": [{"name": "Bash", "input_schema": {"type": "object"}, "defer_loading": True}, {"type": "custom", "name": "x", "input_schema": {}}],
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "<system-reminder>a</system-reminder>"}, {"type": "text", "text": "go"}]},
+                             {"role": "system", "content": [{"type": "text", "text": "late", "cache_control": EPHEMERAL}], "output_config": {"effort": "max"}}]}
+        request = MESSAGES_CODEC.decode_request(body)
+        self.assertEqual(request.reasoning, cp.Reasoning("adaptive", "max", None, False))
+        self.assertEqual([message.role for message in request.messages], ["system", "user", "system"])
+        self.assertEqual(request.messages[2], cp.Message("system", [cp.Text("late", cache=EPHEMERAL)], {"output_config": {"effort": "max"}}))
+        self.assertEqual(request.extra, {"context_management": {"edits": []}, "safeguards": [1]})
+        wire = MESSAGES_CODEC.encode_request(request)
+        self.assertEqual(wire["output_config"], {"effort": "max"})
+        self.assertEqual(wire["messages"], [{"role": "user", "content": [
+            {"type": "text", "text": "<system-reminder>a</system-reminder>"}, {"type": "text", "text": "go"},
+            {"type": "text", "text": "<system-reminder>\nlate\n</system-reminder>", "cache_control": EPHEMERAL}]}])
+        self.assertNotIn("safeguards", wire)
+
+    def test_effort_of_an_earlier_turn_has_passed(self):
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "s", "output_config": {"effort": "max"}},
+                                           {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}
+        self.assertIsNone(MESSAGES_CODEC.decode_request(body).reasoning)
+
+    def test_a_reminder_stands_behind_tool_results(self):
+        wire = MESSAGES_CODEC.encode_request(capped(user(cp.Text("q")), assistant(cp.ToolCall("t", "n", "{}")), system(cp.Text("s")),
+                                                    user(cp.ToolResult("t", [cp.Text("r")]))))
+        self.assertEqual([block["type"] for block in wire["messages"][2]["content"]], ["tool_result", "text"])
+
+    def test_display_updates_and_old_output_format(self):
+        request = MESSAGES_CODEC.decode_request({"model": "m", "messages": [{"role": "user", "content": "a"}],
+                                                 "thinking": {"type": "adaptive", "display": "updates"},
+                                        "output_format": {"type": "json_schema", "schema": {"type": "object"}}})
+        self.assertEqual((request.reasoning.visible, request.output), (True, cp.OutputFormat({"type": "object"})))
+
+    def test_wrong_types_name_the_field(self):
+        good = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+        for name, value in (("model", 1), ("messages", {}), ("messages", []), ("system", 1), ("tools", {}), ("max_tokens", "1"), ("stop_sequences", "x"),
+                            ("temperature", "1"), ("top_k", True), ("thinking", "on"), ("output_config", 1), ("tool_choice", "auto"), ("stream", 1),
+                            ("messages", [1]), ("messages", [{"role": "tool", "content": ""}]), ("messages", [{"role": "user"}])):
+            with self.subTest(name=name, value=value), self.assertRaises(cp.ClientError) as caught:
+                MESSAGES_CODEC.decode_request({**good, name: value})
+            self.assertIn(name, caught.exception.message)
+
+    def test_opaque_documents(self):
+        block = {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {}}]}}
+        request = MESSAGES_CODEC.decode_request({"model": "m", "max_tokens": 1,
+                                                 "messages": [{"role": "user", "content": [block, {"type": "text", "text": "x"}]}]})
+        self.assertEqual(MESSAGES_CODEC.encode_request(request)["messages"][0]["content"][0], block)
+
+    def test_native_compaction_is_read(self):
+        request = MESSAGES_CODEC.decode_request({"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+            {"type": "compaction", "content": "so far", "encrypted_content": "e"}]}]})
+        self.assertEqual(request.messages[1].content, [cp.Compaction("e", "so far")])
+
+
+class MessagesCodecStreams(unittest.TestCase):
+    maxDiff = None
+
+    def test_recorded(self):
+        self.assertEqual(messages_read(cp.parse_frames(MESSAGES_SPOKEN.encode())), MESSAGES_SAID)
+        events = [event for events in MESSAGES_CODEC.decode_stream([cp.parse_frames(MESSAGES_SPOKEN.encode())]) for event in events]
+        self.assertEqual(events[0], cp.ReplyStart("msg_bdrk_01TJ", "claude-opus-4-6", 0, cp.Usage(1080, 1)))
+        self.assertIn(cp.Pulse(), events)
+        self.assertEqual(sum(isinstance(event, cp.BlockDelta) for event in events), 3)
+        whole = MESSAGES_CODEC.decode_reply(MESSAGES_SPOKEN_WHOLE)
+        self.assertEqual(whole.content[1], cp.ToolCall("toolu_bdrk_015V18wN95yDNKVKs8yXLUdD", "get_weather", '{"location":"Tokyo"}'))
+        self.assertEqual((whole.stop_reason, whole.usage), ("tool", cp.Usage(1080, 65)))
+        messages_grammar(self, flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful(MESSAGES_CODEC.decode_stream([cp.parse_frames(MESSAGES_SPOKEN.encode())]),
+                                                                                  "t"))))
+
+    def test_stream_shapes(self):
+        for label, frames, content in (
+                ("input in the start", message_stream(({"type": "tool_use", "id": "t", "name": "n", "input": {"a": 1}},)), [cp.ToolCall("t", "n", '{"a":1}')]),
+                ("no input at all", message_stream(({"type": "tool_use", "id": "t", "name": "n", "input": {}},
+                                                    {"type": "input_json_delta", "partial_json": ""})), [cp.ToolCall("t", "n", "{}")]),
+                ("text in the start", message_stream(({"type": "text", "text": "a"}, {"type": "text_delta", "text": "b"})), [cp.Text("ab")]),
+                ("citations", message_stream(({"type": "text", "text": "", "citations": []}, {"type": "text_delta", "text": "b"},
+                                        {"type": "citations_delta", "citation": {"type": "char_location"}})), [cp.Text("b", [{"type": "char_location"}])]),
+                ("signature in pieces", message_stream(({"type": "thinking", "thinking": ""}, {"type": "signature_delta", "signature": "a"},
+                                                  {"type": "signature_delta", "signature": "b"})), [cp.Thinking("", "ab")]),
+                ("redacted", message_stream(({"type": "redacted_thinking", "data": "d"},)), [cp.Thinking(redacted="d")]),
+                ("server tool", message_stream(({"type": "server_tool_use", "id": "s", "name": "w", "input": {}},
+                                                {"type": "input_json_delta", "partial_json": '{"q":'},
+                                          {"type": "input_json_delta", "partial_json": "1}"})),
+                 [cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "w", "input": {"q": 1}})]),
+                ("compaction", message_stream(({"type": "compaction", "content": None}, {"type": "compaction_delta", "content": "sum",
+                                                                                         "encrypted_content": "e"})), [cp.Compaction("e", "sum")]),
+                ("unknown delta", message_stream(({"type": "text", "text": ""}, {"type": "odd_delta", "text": "x"}, {"type": "text_delta", "text": "b"})),
+                 [cp.Text("b")]),
+                ("unknown block", message_stream(({"type": "hologram", "x": 1}, {"type": "text_delta", "text": "b"})), None)):
+            with self.subTest(label):
+                reply = messages_read(frames)
+                if content is not None:
+                    self.assertEqual(reply.content, content)
+                self.assertEqual(reply.usage, cp.Usage(5, 3))
+
+    def test_usage_of_the_end_overrides_the_start(self):
+        start = {"input_tokens": 10, "cache_creation_input_tokens": 4, "cache_creation": {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 3},
+                 "output_tokens": 1}
+        frames = typed_frames({"type": "message_start", "message": {"id": "i", "model": "m", "usage": start}},
+                     {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": {"input_tokens": 20, "cache_read_input_tokens": 5,
+                                                                                                 "output_tokens": 7}},
+                     {"type": "message_stop"})
+        self.assertEqual(messages_read(frames).usage, cp.Usage(29, 7, 5, 4))
+        self.assertEqual(cp.messages_usage({"input_tokens": 1, "cache_creation": {"ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 3}}, {}),
+                         cp.Usage(6, 0, 0, 5))
+
+    def test_errors(self):
+        overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        for frames in (typed_frames(overloaded), [cp.Frame(None, '{"error":{"message":"x","code":"rate_limited"}}')],
+                       message_stream()[:1] + typed_frames(overloaded), [cp.Frame("error", '{"message":"x"}')]):
+            with self.assertRaises(cp.UpstreamError):
+                messages_read(frames)
+            out = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful(MESSAGES_CODEC.decode_stream([frames]), "t")))
+            messages_grammar(self, out)
+            self.assertEqual(json.loads(out[-1].data)["type"], "error")
+        self.assertEqual(json.loads(out[0].data)["message"]["id"], "msg_t")
+        with self.assertRaises(cp.UpstreamError) as caught:
+            MESSAGES_CODEC.decode_reply(overloaded)
+        self.assertEqual(caught.exception.failure.status, 529)
+        events = [[cp.ReplyStart("i", "m"), cp.Fault(cp.Failure("overflow", "request", 400, "x", overflow=(3, 2)))]]
+        self.assertEqual(json.loads(flat_frames(MESSAGES_CODEC.encode_stream(events))[-1].data),
+                         {"type": "error", "error": {"type": "invalid_request_error", "message": "prompt is too long: 3 tokens > 2 maximum"}})
+
+    def test_interleaved_calls_come_one_after_the_other(self):
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", "")), cp.BlockStart(1, cp.ToolCall("b", "y", "")), cp.BlockDelta(1, '{"b"'),
+                  cp.BlockDelta(0, "{"), cp.BlockDelta(0, "}"), cp.BlockDelta(1, ":1}"), cp.BlockStop(1), cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
+        frames = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful([[event] for event in events], "t")))
+        messages_grammar(self, frames)
+        self.assertEqual([(call.id, call.arguments) for call in messages_read(frames).content], [("a", "{}"), ("b", '{"b":1}')])
+
+    def test_arguments_that_are_no_object_reach_the_sdk_as_one(self):
+        for pieces in (["not", " json"], ["  ", "[", "1]"], ["12"], ['"x"']):
+            events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", ""))] + [cp.BlockDelta(0,
+                                                                                                             piece) for piece in pieces] + [cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
+            frames = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful([events], "t")))
+            deltas = [json.loads(frame.data)["delta"]["partial_json"] for frame in frames if frame.event == "content_block_delta"]
+            self.assertEqual(json.loads("".join(deltas)), {"_raw_arguments": "".join(pieces)})
+            self.assertEqual(len(deltas), 1)
+            self.assertEqual(cp.messages_arguments(json.loads("".join(deltas))), "".join(pieces))
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", "")), cp.BlockDelta(0, " "), cp.BlockDelta(0, '{"a"'),
+                  cp.BlockDelta(0, ":1}"), cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
+        self.assertEqual(messages_read(flat_frames(MESSAGES_CODEC.encode_stream([events]))).content[0].arguments, ' {"a":1}')
+
+    def test_blank_arguments(self):
+        for pieces in ([], ["", " "], ["\n"] * 5000):
+            events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", ""))] + [cp.BlockDelta(0,
+                                                                                                             piece) for piece in pieces] + [cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
+            self.assertEqual(messages_read(flat_frames(MESSAGES_CODEC.encode_stream([events]))).content[0].arguments, "{}")
+
+    def test_citation_of_a_stream_is_cited_from_what_was_said(self):
+        note = {"type": "url_citation", "url": "u", "start_index": 1, "end_index": 3}
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.Text("")), cp.BlockDelta(0, "ab"), cp.BlockDelta(0, "cd"), cp.BlockStop(0, cp.Text("", [note])),
+                  cp.ReplyStop("end", cp.Usage(1, 1))]
+        self.assertEqual(messages_read(flat_frames(MESSAGES_CODEC.encode_stream([events]))).content[0].citations[0]["cited_text"], "bc")
+
+    def test_texts_known_only_at_the_end(self):
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.Thinking()), cp.BlockStop(0, cp.Thinking("why", "s")), cp.BlockStart(1, cp.Text("")),
+                  cp.BlockStop(1, cp.Text("said")),
+                  cp.BlockStart(2, cp.ToolCall("a", "x", "")), cp.BlockStop(2, cp.ToolCall("a", "x", '{"k":1}')), cp.BlockStart(3, cp.Text("be")),
+                  cp.BlockDelta(3, "hind"), cp.BlockStop(3),
+                  cp.ReplyStop("tool", cp.Usage(1, 1))]
+        frames = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful([events], "t")))
+        messages_grammar(self, frames)
+        self.assertEqual(messages_read(frames).content, [cp.Thinking("why", "s"), cp.Text("said"), cp.ToolCall("a", "x", '{"k":1}'), cp.Text("behind")])
+
+    def test_text_streams_at_once(self):
+        events = [[cp.ReplyStart("i", "m", 0, cp.Usage(7))], [cp.BlockStart(0, cp.Text("")), cp.BlockDelta(0, "a")], [cp.Pulse()], [cp.BlockDelta(0, "b")]]
+        out = list(MESSAGES_CODEC.encode_stream(events))
+        self.assertEqual([[frame.event for frame in frames] for frames in out],
+                         [["message_start"], ["content_block_start", "content_block_delta"], ["ping"], ["content_block_delta"]])
+
+
+# ---------------------------------------------------------------------------- Gemini: its own shapes
+
+
+class GeminiCodecRequests(unittest.TestCase):
+    maxDiff = None
+
+    def messages(self, contents):
+        return GEMINI_CODEC.decode_request({"contents": contents}).messages
+
+    def test_gemini_cli(self):
+        body = {"contents": [{"role": "user", "parts": [{"text": "<session_context>x"}]}, {"role": "user", "parts": [{"text": "go"}]},
+                             {"role": "model", "parts": [{"functionCall": {"id": "rf-1", "name": "read_file", "args": {"path": "a"}},
+                                                          "thoughtSignature": "skip_thought_signature_validator"},
+                                                         {"functionCall": {"name": "read_file", "args": {"path": "b"}}, "thoughtSignature": "U0lH"}]},
+                             {"role": "user", "parts": [{"functionResponse": {"id": "rf-1", "name": "read_file", "response": {"output": "A"}}},
+                                                        {"functionResponse": {"id": "read_file-99", "name": "read_file", "response": {"error": "gone"}}},
+                                                        {"inlineData": {"mimeType": "image/png", "data": "AAAA"}}]}],
+                "systemInstruction": {"role": "user", "parts": [{"text": "be"}]},
+                "tools": [{"functionDeclarations": [{"name": "read_file", "description": "d", "parametersJsonSchema": TOWN_SCHEMA}]}],
+                "generationConfig": {"temperature": 1, "topP": 0.95, "topK": 64, "thinkingConfig": {"includeThoughts": True, "thinkingBudget": 8192}}}
+        request = GEMINI_CODEC.decode_request(body)
+        second = request.messages[2].content[1].id
+        self.assertTrue(second.startswith("call_"))
+        self.assertEqual([system("be"), cp.Message("user", [cp.Text("<session_context>x"), cp.Text("go")]),
+                          cp.Message("assistant", [cp.ToolCall("rf-1", "read_file", '{"path":"a"}'),
+                                                   cp.ToolCall(second, "read_file", '{"path":"b"}', seal="U0lH")]),
+                          cp.Message("user", [cp.ToolResult("rf-1", [cp.Text("A")]), cp.ToolResult(second, [cp.Text("gone"), cp.Image("image/png", "AAAA")],
+                                                                                                   is_error=True)])], request.messages)
+        self.assertEqual(cp.Reasoning("on", budget=8192, visible=True), request.reasoning)
+        self.assertEqual((("", False), 64, [cp.Tool("read_file", "d", TOWN_SCHEMA)]), ((request.model, request.stream), request.top_k, request.tools))
+        self.assertEqual(request, GEMINI_CODEC.decode_request(json.loads(json.dumps(body))))  # the same ids every turn
+
+    def test_snake_case_and_mixed(self):
+        body = {"model": "models/m", "contents": [{"role": "user", "parts": [{"inline_data": {"mime_type": "image/png", "data": "AA-_"}},
+                                                                             {"file_data": {"mime_type": "application/pdf", "file_uri": "https://x"}}]},
+                                                  {"role": "model", "parts": [{"function_call": {"name": "f_x", "args": {"a_b": 1}},
+                                                                               "thought_signature": "U"}]},
+                                                  {"role": "function", "parts": [{"function_response": {"name": "f_x", "response": {"result": {"a_b": 1}}}}]}],
+                "system_instruction": "be", "tools": [{"function_declarations": [{"name": "f_x", "parameters_json_schema": TOWN_SCHEMA}]},
+                                                      {"google_search": {}}],
+                "tool_config": {"function_calling_config": {"mode": "any", "allowed_function_names": ["f_x"]}},
+                "generationConfig": {"max_output_tokens": 5, "stop_sequences": ["x"], "responseLogprobs": True,
+                                     "thinking_config": {"thinking_level": "HIGH", "include_thoughts": False},
+                                     "response_mime_type": "application/json",
+                                     "response_schema": {"type": "OBJECT", "properties": {"max_items": {"type": "STRING"}}}},
+                "safety_settings": [1], "cached_content": "c"}
+        request = GEMINI_CODEC.decode_request(body)
+        call = request.messages[2].content[0]
+        self.assertEqual(cp.Request(
+            "m", [system("be"), cp.Message("user", [cp.Image("image/png", "AA+/"), cp.File("application/pdf", url="https://x")]),
+                  cp.Message("assistant", [cp.ToolCall(call.id, "f_x", '{"a_b":1}', seal="U")]),
+                  cp.Message("user", [cp.ToolResult(call.id, [cp.Text('{"a_b":1}')])])],
+            [cp.Tool("f_x", schema=TOWN_SCHEMA), cp.Tool("googleSearch", kind="server")], cp.ToolChoice("tool", "f_x"), max_tokens=5, stop=["x"], logprobs=0,
+            reasoning=cp.Reasoning(effort="high", visible=False), output=cp.OutputFormat({"type": "object", "properties": {"max_items": {"type": "string"}}}),
+            extra={"safetySettings": [1], "cachedContent": "c"}), request)
+
+    def test_forms_of_contents(self):
+        for contents in ("hi", ["hi"], {"parts": [{"text": "hi"}]}, {"role": "user", "parts": {"text": "hi"}}, [{"parts": "hi"}], [{"text": "hi"}],
+                         {"text": "hi"}, [[{"text": "hi"}]], [{"role": "who", "parts": ["hi", None, ""]}]):
+            with self.subTest(contents):
+                self.assertEqual([cp.Message("user", [cp.Text("hi")])], self.messages(contents))
+        self.assertEqual([], self.messages(None))
+        self.assertEqual([cp.Message("user", [cp.Text("a")]), system("s"), cp.Message("assistant", [cp.Text("b")])],
+                         self.messages([{"parts": [{"text": "a"}]}, {"role": "system", "parts": [{"text": "s"}]}, {"role": "model", "parts": [{"text": "b"}]}]))
+
+    def test_history_in_pieces(self):
+        """google-genai keeps an answer in the chunks it came in."""
+        contents = [{"role": "user", "parts": [{"text": "q"}]}] + [{"role": "model", "parts": [part]} for part in (
+            {"text": "th", "thought": True}, {"text": "ink", "thought": True}, {"text": "He", "thoughtSignature": "S"}, {"text": "\n\n"}, {"text": "llo"},
+            {"functionCall": {"name": "f"}}, {"text": "", "thoughtSignature": "T"})] + [{"role": "model", "parts": []}]
+        call = self.messages(contents)[1].content[2]
+        self.assertEqual([cp.Thinking("think"), cp.Text("He\n\nllo", seal="S"), call, cp.Text("", seal="T")], self.messages(contents)[1].content)
+
+    def test_matching(self):
+        def fc(name, given=None):
+            return {"functionCall": {"name": name, **({"id": given} if given else {})}}
+
+        def fr(name, given=None):
+            return {"functionResponse": {"name": name, "response": {"output": "x"}, **({"id": given} if given else {})}}
+
+        def pairs(*turns):
+            messages = self.messages([{"role": role, "parts": parts} for role, parts in turns])
+            ids = [block.id for message in messages for block in message.content if isinstance(block, cp.ToolCall)]
+            self.assertEqual(len(ids), len(set(ids)))
+            return [ids.index(block.call_id) if block.call_id in ids else block.call_id for message in messages for block in message.content if isinstance(block, cp.ToolResult)]
+        self.assertEqual([0, 2, 1], pairs(("model", [fc("f"), fc("f"), fc("g")]), ("user", [fr("f"), fr("g"), fr("f")])))
+        self.assertEqual([0, 1], pairs(("model", [fc("f"), fc("f")]), ("function", [fr("f", "new1"), fr("f", "new2")])))
+        self.assertEqual([1, 0], pairs(("model", [fc("f", "a"), fc("f", "b")]), ("user", [fr("f", "b"), fr("f", "a")])))
+        self.assertEqual([0, 1], pairs(("model", [fc("f", "f"), fc("f", "f")]), ("user", [fr("f", "f"), fr("f", "f")])))  # one id for two
+        self.assertEqual([0, 1], pairs(("model", [fc("f", "a"), fc("f", "b")]), ("user", [fr("f"), fr("f")])))
+        self.assertEqual([0, 1], pairs(("model", [fc("f")]), ("user", [fr("f")]), ("model", [fc("f")]), ("user", [fr("f")])))
+        self.assertEqual([1], pairs(("model", [fc("f")]), ("user", [{"text": "stop"}]), ("model", [fc("f")]),
+                                    ("user", [fr("f")])))  # the first was never answered
+        self.assertEqual(["f", "z"], pairs(("user", [fr("f"), fr("g", "z")])))
+
+    def test_results(self):
+        def result(response, **more):
+            return self.messages([{"parts": [{"functionResponse": {"id": "c", "name": "f", "response": response, **more}}]}])[0].content[0]
+        self.assertEqual(cp.ToolResult("c", [cp.Text("a")]), result({"output": "a"}))
+        self.assertEqual(cp.ToolResult("c", [cp.Text("a")], True), result({"error": "a"}))
+        self.assertEqual(cp.ToolResult("c", [cp.Text('{"temp":1}')]), result({"temp": 1}))
+        self.assertEqual(cp.ToolResult("c", [cp.Text('{"output":1,"x":2}')]), result({"output": 1, "x": 2}))
+        self.assertEqual(cp.ToolResult("c", [cp.Text("[1]")]), result({"output": [1]}))
+        self.assertEqual(cp.ToolResult("c", []), result({}))
+        self.assertEqual(cp.ToolResult("c", []), result(None))
+        self.assertEqual(cp.ToolResult("c", [cp.Text("a"), cp.Image("image/png", "AAAA")]),
+                         result({"output": "a"}, parts=[{"inlineData": {"mimeType": "image/png", "data": "AAAA", "displayName": "x"}}, {"text": "no"}]))
+
+    def test_no_seals(self):
+        for literal in ("skip_thought_signature_validator", base64.b64encode(b"skip_thought_signature_validator").decode(),
+                        "context_engineering_is_the_way_to_go", base64.urlsafe_b64encode(b"context_engineering_is_the_way_to_go").decode()):
+            self.assertIsNone(self.messages([{"role": "model", "parts": [{"functionCall": {"name": "f"}, "thoughtSignature": literal}]}])[0].content[0].seal)
+
+    def test_schemas(self):
+        given = {"type": "OBJECT", "nullable": True, "propertyOrdering": ["a"], "required": ["a"], "properties": {
+            "type": {"type": "STRING", "format": "enum", "enum": ["x", "Y"], "nullable": True},
+            "nullable": {"type": "INTEGER", "format": "int64", "minimum": 1}, "max_items": {"type": "ARRAY", "minItems": "1", "max_items": "3",
+                                                                                            "items": {"type": "NUMBER", "example": 1.5}},
+            "d": {"any_of": [{"type": "STRING", "format": "date-time"}, {"type": "NULL"}], "nullable": True, "default": {"type": "OBJECT"}},
+            "r": {"ref": "#/defs/q"}}, "defs": {"q": {"type": "BOOLEAN"}}, "additional_properties": False}
+        wanted = {"type": ["object", "null"], "required": ["a"], "properties": {
+            "type": {"type": ["string", "null"], "enum": ["x", "Y", None]}, "nullable": {"type": "integer", "minimum": 1},
+            "max_items": {"type": "array", "minItems": 1, "maxItems": 3, "items": {"type": "number", "examples": [1.5]}},
+            "d": {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}, {"type": "null"}], "default": {"type": "OBJECT"}},
+            "r": {"$ref": "#/defs/q"}}, "$defs": {"q": {"type": "boolean"}}, "additionalProperties": False}
+        before = json.dumps(given)
+        self.assertEqual(wanted, cp.gemini_schema(given))
+        self.assertEqual(before, json.dumps(given))
+        plain = {"type": "object", "properties": {"a": {"type": "string", "format": "int32", "nullable": True}}, "propertyOrdering": []}
+        tools = GEMINI_CODEC.decode_request({"tools": {"functionDeclarations": {"name": "f", "parametersJsonSchema": plain, "parameters": given}}}).tools
+        self.assertIs(plain, tools[0].schema)
+        output = GEMINI_CODEC.decode_request({"generationConfig": {"responseMimeType": "application/json",
+                                                                   "responseJsonSchema": {"type": "OBJECT", "properties": {"a": {"type": "STRING"}}}}}).output
+        self.assertEqual({"type": "object", "properties": {"a": {"type": "string"}}}, output.schema)  # Gemini CLI's router
+
+    def test_options(self):
+        def config(**given):
+            return GEMINI_CODEC.decode_request({"generationConfig": given})
+        self.assertEqual(cp.Reasoning("adaptive"), config(thinkingConfig={"thinkingBudget": -1}).reasoning)
+        self.assertEqual(cp.Reasoning("off"), config(thinkingConfig={"thinkingBudget": 0}).reasoning)
+        self.assertEqual(cp.Reasoning(visible=True), config(thinkingConfig={"includeThoughts": True, "thinkingLevel": "THINKING_LEVEL_UNSPECIFIED"}).reasoning)
+        self.assertIsNone(config(thinkingConfig={"thinkingLevel": "THINKING_LEVEL_UNSPECIFIED"}).reasoning)
+        self.assertIsNone(config(responseMimeType="text/plain").output)
+        self.assertIsNone(config(responseMimeType="text/x.enum", responseSchema={"type": "STRING", "enum": ["a"]}).output)
+        self.assertEqual(cp.OutputFormat({"type": "string"}), config(responseSchema={"type": "STRING"}).output)
+        self.assertEqual(4, config(logprobs=4).logprobs)
+        self.assertEqual({"generationConfig": {"candidateCount": 2, "mediaResolution": "X"}}, config(candidateCount=2, mediaResolution="X").extra)
+
+    def test_choices(self):
+        def choice(mode, *allowed):
+            request = GEMINI_CODEC.decode_request({"tools": [{"functionDeclarations": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}, {"urlContext": {}}],
+                                                   "toolConfig": {"functionCallingConfig": {"mode": mode, "allowedFunctionNames": list(allowed)}}})
+            return request.tool_choice, "".join(tool.name for tool in request.tools if tool.kind == "function")
+        self.assertEqual((cp.ToolChoice("auto"), "abc"), choice("AUTO"))
+        self.assertEqual((cp.ToolChoice("auto"), "ab"), choice("VALIDATED", "a", "b"))
+        self.assertEqual((cp.ToolChoice("required"), "abc"), choice("ANY"))
+        self.assertEqual((cp.ToolChoice("tool", "b"), "abc"), choice("ANY", "b"))
+        self.assertEqual((cp.ToolChoice("required"), "ac"), choice("ANY", "a", "c"))
+        self.assertEqual((cp.ToolChoice("none"), "abc"), choice("NONE", "a"))
+        self.assertEqual((None, "abc"), choice("MODE_UNSPECIFIED", "a"))
+
+    def test_wrong_types(self):
+        for body, param in (({"contents": 5}, "contents"), ({"contents": [5]}, "contents.0"), ({"contents": [{"parts": 5}]}, "contents.0"),
+                            ({"contents": [{"parts": [5]}]}, "contents.0"), ({"tools": "x"}, "tools"),
+                            ({"generationConfig": []}, "generationConfig"), ({"generationConfig": {"topK": "x"}}, "generationConfig.topK"),
+                            ({"generation_config": {"temperature": True}}, "generationConfig.temperature"),
+                            ({"stream": 1}, "stream"), ({"model": 1}, "model"), ({"systemInstruction": 5}, "systemInstruction"),
+                            ({"generationConfig": {"thinkingConfig": {"thinkingBudget": "x"}}}, "generationConfig.thinkingBudget")):
+            with self.subTest(body):
+                with self.assertRaises(cp.ClientError) as caught:
+                    GEMINI_CODEC.decode_request(body)
+                self.assertEqual(param, caught.exception.param)
+
+
+class GeminiCodecStreams(unittest.TestCase):
+    maxDiff = None
+
+    def test_google_stream(self):
+        frames = plain_frames(google_chunk({"text": "**Plan**", "thought": True}, usageMetadata={"promptTokenCount": 19, "totalTokenCount": 19}),
+                              google_chunk({"text": "\nmore", "thought": True}), google_chunk({"text": "Hel"}), google_chunk({"text": "lo"}),
+                     google_chunk({"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "S"},
+                                  {"functionCall": {"name": "f", "args": {}, "id": "x"}}),
+                              google_chunk({"text": ""}, finishReason="STOP", usageMetadata=GOOGLE_COUNTS))
+        reply = read_back(cp.GEMINI, [frames])
+        made = reply.content[2].id
+        self.assertEqual(cp.Reply("r1", "gemini-3-pro", 0, [cp.Thinking("**Plan**\nmore"), cp.Text("Hello"), cp.ToolCall(made, "f", '{"a":1}', seal="S"),
+                                                            cp.ToolCall("x", "f", "{}")], "tool", None, cp.Usage(19, 12, 4, 0, 7)), reply)
+        self.assertEqual(reply, read_back(cp.GEMINI, [[frame] for frame in frames]))
+        events = [event for events in GEMINI_CODEC.decode_stream([frames]) for event in events]
+        self.assertEqual(["**Plan**", "\nmore", "Hel", "lo", '{"a":1}', "{}"], [event.text for event in events if type(event) is cp.BlockDelta])
+        whole = google_chunk({"text": "**Plan**\nmore", "thought": True}, {"text": "Hello"},
+                             {"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "S"}, {"functionCall": {"name": "f", "args": {}, "id": "x"}},
+                             finishReason="STOP", usageMetadata=GOOGLE_COUNTS)
+        self.assertEqual(reply, GEMINI_CODEC.decode_reply(whole))
+        self.assertEqual((cp.Usage(19, 12, 4, 0, 7), "STOP"), (GEMINI_CODEC.decode_usage(whole), GEMINI_CODEC.stop_reason(whole)))
+
+    def test_odd_chunks(self):
+        frames = plain_frames({"candidates": None, "responseId": "r1"}, {"candidates": []}, {},
+                              {"candidates": [{"index": 1, "content": {"parts": [{"text": "other"}]}}]}, {"candidates": [{"content": {"role": "model"}}]},
+                     {"candidates": [{"content": {"parts": [{"text": "a"}]}}]}, {"candidates": [{"content": None, "index": 0}]},
+                              {"candidates": [{"content": {"parts": [{"text": "b"}, 5, {}, {"text": None}, {"functionResponse": {}}]},
+                                               "finish_reason": "MAX_TOKENS"}]},
+                     {"usage_metadata": {"prompt_token_count": 3, "candidates_token_count": None,
+                                         "tool_use_prompt_token_count": 2}}) + [cp.Frame(None, "[DONE]"), cp.Frame(None, "junk")]
+        self.assertEqual(cp.Reply("r1", "", 0, [cp.Text("ab")], "length", None, cp.Usage(5)), read_back(cp.GEMINI, [frames]))
+
+    def test_endings(self):
+        for word, meaning in (("STOP", "end"), ("MAX_TOKENS", "length"), ("SAFETY", "filter"), ("PROHIBITED_CONTENT", "filter"), ("RECITATION", "filter"),
+                              ("BLOCKLIST", "filter"), ("SPII", "filter"), ("WHATEVER", "end")):
+            self.assertEqual(meaning, GEMINI_CODEC.decode_reply(google_chunk({"text": "a"}, finishReason=word)).stop_reason)
+        self.assertEqual(cp.Reply("r", content=[], stop_reason="filter"),
+                         GEMINI_CODEC.decode_reply({"promptFeedback": {"blockReason": "SAFETY"}, "responseId": "r"}))
+        self.assertEqual("end", GEMINI_CODEC.decode_reply(google_chunk({"text": "a"})).stop_reason)
+        self.assertEqual("length", GEMINI_CODEC.decode_reply(google_chunk({"functionCall": {"name": "f"}}, finishReason="MAX_TOKENS")).stop_reason)
+
+    def test_errors_from_upstream(self):
+        for error, status, wait in (({"code": 429, "message": "Quota. Please retry in 2.5s.", "status": "RESOURCE_EXHAUSTED"}, 429, 2.5),
+                                    ({"message": "x", "status": "UNAVAILABLE"}, 503, None), ({"code": "?"}, 502, None), ({}, 502, None)):
+            for read_it in (lambda: GEMINI_CODEC.decode_reply({"error": error}),
+                            lambda: read_back(cp.GEMINI, [plain_frames(google_chunk({"text": "a"}), {"error": error}, google_chunk({"text": "b"}))])):
+                with self.assertRaises(cp.UpstreamError) as caught:
+                    read_it()
+                self.assertEqual((status, wait), (caught.exception.failure.status, caught.exception.failure.wait_s))
+
+    def test_citations(self):
+        grounds = {"webSearchQueries": ["q"], "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}, {"retrievedContext": {"uri": "https://b"}}],
+                   "groundingSupports": [{"segment": {"startIndex": 3, "endIndex": 6, "text": "bcd"}, "groundingChunkIndices": [0, 1, 9]},
+                                         {"segment": {"endIndex": 2}, "groundingChunkIndices": [0]}]}
+        cite = {"type": "url_citation", "url": "https://a", "title": "A"}
+        wanted = [{**cite, "start_index": 2, "end_index": 5}, {**cite, "url": "https://b", "title": "", "start_index": 2, "end_index": 5},
+                  {**cite, "start_index": 0, "end_index": 1}, {**cite, "url": "https://c", "title": "", "start_index": 0, "end_index": 2}]
+        more = {"groundingMetadata": grounds, "citationMetadata": {"citationSources": [{"startIndex": 0, "endIndex": 3, "uri": "https://c"}]},
+                "finishReason": "STOP"}
+        self.assertEqual([cp.Text("éabcd", wanted)], GEMINI_CODEC.decode_reply(google_chunk({"text": "éabcd"}, **more)).content)
+        self.assertEqual([cp.Text("éabcd", wanted)], read_back(cp.GEMINI, [plain_frames(google_chunk({"text": "éa"}), google_chunk({"text": "bcd"}),
+                                                                                        google_chunk(**more))]).content)
+
+    def test_logprobs(self):
+        def chosen(*tokens):
+            return {"chosenCandidates": [{"token": t, "tokenId": 1, "logProbability": -1} for t in tokens],
+                    "topCandidates": [{"candidates": [{"token": t, "logProbability": -1}]} for t in tokens]}
+        whole = GEMINI_CODEC.decode_reply(google_chunk({"text": "ab"}, finishReason="STOP", logprobsResult=chosen("a", "b")))
+        self.assertEqual(["a", "b"], [item["token"] for item in whole.content[0].extra["logprobs"]])
+        self.assertEqual(whole, read_back(cp.GEMINI, [plain_frames(google_chunk({"text": "a"}, logprobsResult=chosen("a")),
+                                                                   google_chunk({"text": "b"}, logprobsResult=chosen("b"), finishReason="STOP"))]))
+
+    def test_thoughts_only_if_asked(self):
+        reply = HUB_REPLIES["thinking and call"]
+        for reasoning, shown in ((None, False), (cp.Reasoning(effort="high"), False), (cp.Reasoning(visible=False), False), (cp.Reasoning(visible=True), True)):
+            asked = cp.Request("asked", [], reasoning=reasoning)
+            parts = GEMINI_CODEC.encode_reply(reply, asked)["candidates"][0]["content"]["parts"]
+            self.assertEqual(shown, any(part.get("thought") for part in parts))
+            self.assertEqual("SIG", parts[-2]["thoughtSignature"])
+            self.assertEqual(parts, [part for frame in written(cp.GEMINI, reply,
+                                                               asked) for part in json.loads(frame.data)["candidates"][0]["content"]["parts"] if part != {"text": ""}])
+        self.assertEqual("asked", GEMINI_CODEC.encode_reply(cp.Reply("i"), cp.Request("asked", []))["modelVersion"])
+
+    def test_chats_keep_a_streamed_turn(self):
+        """google-genai 3.6.1 drops a turn from its history if one object has no parts, or an empty one."""
+        for reply in HUB_REPLIES.values():
+            for body in [GEMINI_CODEC.encode_reply(reply)] + [json.loads(frame.data) for frame in written(cp.GEMINI, reply)]:
+                parts = body["candidates"][0]["content"]["parts"]
+                self.assertTrue(parts and all(parts))
+        self.assertEqual([{"text": "hello"}], GEMINI_CODEC.encode_reply(HUB_REPLIES["text"])["candidates"][0]["content"]["parts"])
+
+    def test_late_signatures(self):
+        """A signature that only the end of a block tells."""
+        start, stop = cp.ReplyStart("i", "m"), cp.ReplyStop("end", None)
+        sealed = [start, cp.BlockStart(0, cp.Text("")), cp.BlockDelta(0, "a"), cp.BlockDelta(0, "b"), cp.BlockStop(0, cp.Text("", seal="S")), stop]
+        self.assertEqual([cp.Text("ab", seal="S")], read_back(cp.GEMINI, [flat_frames(GEMINI_CODEC.encode_stream([sealed]))]).content)
+        both = [start, cp.BlockStart(0, cp.Thinking()), cp.BlockDelta(0, "t"), cp.BlockStop(0, cp.Thinking("", "T")),
+                *[cp.BlockStart(1, cp.Text("")), cp.BlockStop(1, cp.Text("", seal="S"))], stop]
+        self.assertEqual([cp.Thinking("t", "T"), cp.Text("", seal="S")], read_back(cp.GEMINI, [flat_frames(GEMINI_CODEC.encode_stream([both]))]).content)
+
+    def test_interleaved_calls(self):
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.Text("")), cp.BlockDelta(0, "a"), cp.BlockStart(1, cp.ToolCall("c1", "f", "")),
+                  cp.BlockStart(2, cp.ToolCall("c2", "g", "")), cp.BlockDelta(1, '{"a"'), cp.BlockDelta(2, '{"b"'), cp.BlockDelta(0, "z"),
+                  cp.BlockDelta(1, ":1}"), cp.BlockDelta(2, ":2}"), cp.BlockStop(0), cp.BlockStop(2), cp.BlockStop(1), cp.ReplyStop("tool")]
+        wanted = [cp.Text("az"), cp.ToolCall("c1", "f", '{"a":1}'), cp.ToolCall("c2", "g", '{"b":2}')]
+        for batches in ([events], [[event] for event in events]):
+            frames = flat_frames(GEMINI_CODEC.encode_stream(batches))
+            gemini_grammar(self, frames)
+            self.assertEqual(wanted, read_back(cp.GEMINI, [frames]).content)
+
+    def test_a_cut_call_is_not_sent(self):
+        events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("c1", "f", "")), cp.BlockDelta(0, '{"a":1}'), cp.BlockStop(0),
+                  cp.BlockStart(1, cp.ToolCall("c2", "g", "")), cp.BlockDelta(1, "{}")]
+        for batches in ([events], [[event] for event in events]):
+            frames = flat_frames(GEMINI_CODEC.encode_stream(cp.lawful(batches, "t")))
+            self.assertEqual(1, sum('"functionCall"' in frame.data for frame in frames))
+            self.assertEqual((502, "UNAVAILABLE"), tuple(json.loads(frames[-1].data)["error"][name] for name in ("code", "status")))
+
+    def test_live(self):
+        """Every delta leaves with its own batch, no character is lost."""
+        batches = [[cp.ReplyStart("i", "m")], [cp.BlockStart(0, cp.Text(""))]] + [[cp.BlockDelta(0,
+                                                                                                 text)] for text in ("a", '"', "\n", "\u2028", "\ud83d")] + [[cp.Pulse()], [cp.BlockStop(0)], [cp.ReplyStop("end", cp.Usage(1, 1))]]
+        frames = list(GEMINI_CODEC.encode_stream(batches))
+        self.assertEqual([1] * 5, [len(found) for found in frames[2:7]])
+        self.assertEqual('a"\n\u2028\ud83d', "".join(json.loads(f[0].data)["candidates"][0]["content"]["parts"][0]["text"] for f in frames[2:7]))
+        self.assertEqual(b"\n", GEMINI_CODEC.keep_alive)
+
+
+class GeminiCodecCarriers(unittest.TestCase):
+    """Signatures through a client that keeps what it got but no thoughts (Gemini CLI) and joins or splits texts."""
+
+    def test_three_turns(self):
+        blocks = [cp.Thinking("secret", "SIG"), cp.Text("Let me look"), cp.ToolCall("c1", "f", "{}"), cp.ToolCall("c2", "f", "{}")]
+        reply = cp.Carriage("o1", cp.GEMINI, cp.MESSAGES).reply(answer(*blocks, stop_reason="tool"))
+        for frames in (written(cp.GEMINI, reply), flat_frames(GEMINI_CODEC.encode_stream([Chance(3).pieces(cp.replay(reply), 3)]))):
+            parts = [part for frame in frames for part in json.loads(frame.data)["candidates"][0]["content"]["parts"] if not part.get("thought")]
+            contents = [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": parts},
+                        {"role": "user", "parts": [{"functionResponse": {"id": "c1", "name": "f", "response": {"output": "x"}}}]}]
+            history = GEMINI_CODEC.decode_request({"contents": contents}).messages[1].content
+            self.assertEqual("Let me look", history[0].text)
+            facts = cp.unseal(history[0].seal)
+            self.assertEqual(("thinking", "SIG", "secret"), (facts["k"], facts["s"], facts["t"]))
+            self.assertEqual(["c1", "c2"], [block.id for block in history[1:]])
+            opened = [found for block in history for found in opened_blocks(block, "o1", cp.MESSAGES)]
+            self.assertEqual(blocks, opened)
+            self.assertEqual(blocks[1:], [found for block in history for found in opened_blocks(block, "o2", cp.MESSAGES)])
+
+
+class GeminiCodecErrors(unittest.TestCase):
+    def error(self, error):
+        return GEMINI_CODEC.encode_error(error)["error"]
+
+    def upstream(self, status, headers=None, **body):
+        return self.error(cp.UpstreamError(cp.classify(status, headers or {}, json.dumps({"error": body}).encode(), 0.0)))
+
+    def test_status_names(self):
+        for status, word in ((400, "INVALID_ARGUMENT"), (401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED"), (404, "NOT_FOUND"), (413, "INVALID_ARGUMENT"),
+                             (429, "RESOURCE_EXHAUSTED"), (500, "INTERNAL"), (503, "UNAVAILABLE"), (504, "DEADLINE_EXCEEDED"), (529, "UNAVAILABLE"),
+                             (507, "INTERNAL")):
+            found = self.error(cp.ClientError("no", status))
+            self.assertEqual((status, "no", word), (found["code"], found["message"], found["status"]))
+            self.assertNotIn("details", found)
+
+    def test_wait(self):
+        found = self.upstream(429, {"retry-after": "1.2"}, message="slow down.")
+        self.assertEqual("slow down. Please retry in 2s.", found["message"])
+        self.assertEqual([{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "2s"}], found["details"])
+        self.assertEqual("Please retry in 7s.", self.upstream(429, message="Please retry in 7s.")["message"])
+        found = self.error(cp.ClientError("later", 429, headers={"retry-after": "3"}))
+        self.assertEqual(("later. Please retry in 3s.", "3s"), (found["message"], found["details"][0]["retryDelay"]))
+
+    def test_quota_is_final(self):
+        found = self.upstream(402, code="quota_exceeded", message="You are out.")
+        self.assertIn("PerDay", found["details"][0]["violations"][0]["quotaId"])
+        self.assertEqual("RESOURCE_EXHAUSTED", found["status"])
+        self.assertIn("PerDay", self.error(cp.ClientError("cap", 429, kind="insufficient_quota"))["details"][0]["violations"][0]["quotaId"])
+
+    def test_overflow(self):
+        found = self.upstream(413, message="prompt token count of 200 exceeds the limit of 100", code="model_max_prompt_tokens_exceeded")
+        self.assertEqual((400, "INVALID_ARGUMENT", "The input token count (200) exceeds the maximum number of tokens allowed (100)."),
+                         (found["code"], found["status"], found["message"]))
+
+    def test_no_secrets(self):
+        self.assertNotIn("ghu_abcdefgh", self.error(cp.ClientError("token ghu_abcdefgh1234"))["message"])
+
+
+class GeminiCodecVerbs(unittest.TestCase):
+    def test_countable(self):
+        self.assertEqual({"contents": [1]}, cp.gemini_countable({"contents": [1]}))
+        self.assertEqual({"contents": [1]}, cp.gemini_countable({"generate_content_request": {"contents": [1]}}))
+        with self.assertRaises(cp.ClientError):
+            cp.gemini_countable({"generateContentRequest": 5})
+
+    def test_embeddings(self):
+        ask_one = {"content": {"parts": [{"text": "a"}, {"text": "b"}]}, "outputDimensionality": 3}
+        self.assertEqual((["a\nb"], 3), cp.gemini_embedding_request(ask_one, "embedContent"))
+        self.assertEqual((["a\nb", "c"], 3), cp.gemini_embedding_request({"requests": [ask_one, {"model": "models/x", "content": {"parts": [{"text": "c"}]}}]},
+                                                                         "batchEmbedContents"))
+        self.assertEqual((["a"], 5), cp.gemini_embedding_request({"content": "a", "embed_content_config": {"output_dimensionality": 5}}, "embedContent"))
+        for body, verb in (({}, "embedContent"), ({"content": {"parts": []}}, "embedContent"), ({"content": {"parts": [{"inlineData": {}}]}}, "embedContent"),
+                           ({"requests": []}, "batchEmbedContents"), ({"requests": 5}, "batchEmbedContents"), ({"requests": [5]}, "batchEmbedContents")):
+            with self.assertRaises(cp.ClientError):
+                cp.gemini_embedding_request(body, verb)
+        self.assertEqual({"embedding": {"values": [1.0]}}, cp.gemini_embedding_answer([[1.0]], "embedContent"))
+        self.assertEqual({"embeddings": [{"values": [1.0]}, {"values": [2.0]}]}, cp.gemini_embedding_answer([[1.0], [2.0]], "batchEmbedContents"))
+
+    def test_model_entry(self):
+        entry = cp.gemini_model_entry("gpt-5", "GPT-5", input_limit=10, output_limit=5)
+        self.assertEqual(("models/gpt-5", "GPT-5", 10, 5), tuple(entry[name] for name in ("name", "displayName", "inputTokenLimit", "outputTokenLimit")))
+        self.assertIn("generateContent", entry["supportedGenerationMethods"])
+        self.assertNotIn("generateContent", cp.gemini_model_entry("e", embeds=True)["supportedGenerationMethods"])
+
+
+###############################################################################
 #                                    Quirks                                   #
 ###############################################################################
 # What is edited on a pass-through road, and that nothing else is.
@@ -12605,6 +16151,109 @@ class CodexDriverTest(DriverCase):
     @unittest.skipIf(uninstalled("codex"), uninstalled("codex"))
     def test_codex_passes_its_default_scenarios(self):
         self.runs_client("codex", "gpt-5.5")
+
+
+def told_in_full() -> List[Tuple[str, cp.Reply]]:
+    """The answers whose opaque items and citations are as an upstream gives them: the SDKs' types are strict."""
+    def real(block: Any) -> bool:
+        return not (isinstance(block, cp.Opaque) and block.kind == "web_search_call" and "action" not in block.raw or
+                    isinstance(block, cp.Text) and any("title" in note and note["title"] is None for note in block.citations or ()))
+    return [(label, reply) for label, reply in HUB_REPLIES.items() if all(map(real, reply.content))]
+
+
+class ChatCodecSdk(unittest.TestCase):
+    """The official SDK's own types and its stream accumulator, where it is installed."""
+
+    optional = True
+
+    def test_sdk_reads_every_stream(self):
+        try:
+            from openai.lib.streaming.chat._completions import ChatCompletionStreamState
+            from openai.types.chat import ChatCompletion, ChatCompletionChunk
+        except ImportError:
+            self.skipTest("no openai SDK")
+        for label, reply in told_in_full():
+            with self.subTest(label):
+                reply = mended(cp.CHAT, reply)
+                whole = ChatCompletion.model_validate(CHAT_CODEC.encode_reply(reply))
+                state = ChatCompletionStreamState()
+                if any(isinstance(b, cp.ToolCall) and b.kind == "custom" for b in reply.content):
+                    continue  # the SDK has no type for a chunk of a custom call
+                for frame in written(cp.CHAT, reply)[:-1]:
+                    chunk = ChatCompletionChunk.model_validate(json.loads(frame.data))
+                    state.handle_chunk(chunk)
+                if reply.stop_reason in ("length", "filter", "overflow"):
+                    continue
+                final = state.get_final_completion()
+                self.assertEqual((whole.choices[0].message.content or "", whole.choices[0].finish_reason, whole.usage),
+                                 (final.choices[0].message.content or "", final.choices[0].finish_reason, final.usage))
+                self.assertEqual([(c.id, c.function.name, c.function.arguments) for c in whole.choices[0].message.tool_calls or ()],
+                                 [(c.id, c.function.name, c.function.arguments) for c in final.choices[0].message.tool_calls or ()])
+                extra = whole.choices[0].message.model_extra
+                self.assertEqual(extra.get("reasoning_content"), (final.choices[0].message.model_extra or {}).get("reasoning_content"))
+
+
+class ResponsesCodecSdk(unittest.TestCase):
+    """The official SDK's own types and its stream accumulator, where it is installed."""
+
+    optional = True
+
+    def test_sdk_reads_every_stream(self):
+        try:
+            from openai.lib.streaming.responses._responses import ResponseStreamState
+            from openai.types.responses import Response, ResponseStreamEvent
+            from openai._models import construct_type
+            from openai import omit
+            from pydantic import TypeAdapter
+        except ImportError:
+            self.skipTest("no openai SDK")
+        events = TypeAdapter(ResponseStreamEvent)
+        for label, reply in told_in_full():
+            with self.subTest(label):
+                asked = HUB_REQUESTS["search"]
+                Response.model_validate(RESPONSES_CODEC.encode_reply(reply, asked))
+                state = ResponseStreamState(input_tools=omit, text_format=omit)
+                for frame in written(cp.RESPONSES, reply, asked):
+                    data = json.loads(frame.data)
+                    if label != "shell" or data["type"] != "response.output_item.added":  # its action is not known yet
+                        events.validate_python(data)
+                    state.handle_event(construct_type(type_=ResponseStreamEvent, value=data))
+                if state._completed_response is not None:
+                    self.assertEqual(json.loads(written(cp.RESPONSES, reply, asked)[-1].data)["response"]["output"],
+                                     [self.clean(item.to_dict()) for item in state._completed_response.output])
+
+    def clean(self, item):
+        item.pop("parsed_arguments", None)
+        for part in item.get("content") or ():
+            part.pop("parsed", None)
+        return item
+
+
+@unittest.skipUnless(importlib.util.find_spec("anthropic"), "needs the anthropic SDK")
+class MessagesCodecSdk(unittest.TestCase):
+    """The official SDK builds the same message from the stream as from the whole answer."""
+
+    optional = True
+
+    def test_accumulated(self):
+        from anthropic.lib.streaming._messages import accumulate_event
+        from anthropic.types import Message as SdkMessage, RawMessageStreamEvent
+        from anthropic._models import construct_type
+        for label, reply in HUB_REPLIES.items():
+            if reply.id != "msg_1" or label == "half an emoji":  # those that the dialect says in full
+                continue
+            snapshot, buffers = None, {}
+            for frame in written(cp.MESSAGES, reply):
+                event = construct_type(type_=RawMessageStreamEvent, value=json.loads(frame.data))
+                if event.type != "ping":
+                    snapshot = accumulate_event(event=event, current_snapshot=snapshot, json_bufs=buffers)
+            SdkMessage.model_validate(MESSAGES_CODEC.encode_reply(reply))  # strict: every required field is there
+            got, want = json.loads(snapshot.to_json()), json.loads(SdkMessage.model_validate(MESSAGES_CODEC.encode_reply(reply)).to_json())
+            got.pop("copilot_usage", None), want.pop("copilot_usage", None)
+            self.assertEqual({k: got[k] for k in ("id", "content", "stop_reason", "stop_sequence", "model")},
+                             {k: want[k] for k in ("id", "content", "stop_reason", "stop_sequence", "model")}, label)
+            for name in ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"):
+                self.assertEqual(got["usage"][name], want["usage"][name])
 
 
 class DemoDriverCase(unittest.TestCase):
