@@ -1962,6 +1962,25 @@ def opened_request(request: Request, origin: str, upstream: str) -> Request:
     return replace(request, messages=canonical(messages))
 
 
+def told_calls(request: Request) -> Request:
+    """The request with calls that carry no state, and their results, told as text: Gemini 3 answers 400 to a bare call."""
+    names: Dict[str, str] = {}
+    messages = []
+    for message in request.messages:
+        bare = message.role == "assistant" and not any(isinstance(block, Thinking) or getattr(block, "seal", None) for block in message.content)
+        content: List[Block] = []
+        for block in message.content:
+            if bare and isinstance(block, ToolCall):
+                names[block.id] = block.name
+                content.append(Text(f"[Called {block.name} with {block.arguments or '{}'}]"))
+            elif isinstance(block, ToolResult) and block.call_id in names:
+                content += [Text(f"[Result of {names[block.call_id]}:]"), *block.content]
+            else:
+                content.append(block)
+        messages.append(Message(message.role, content, message.extra))
+    return replace(request, messages=canonical(messages))
+
+
 # ---- tools that not every dialect has ---------------------------------------
 
 # What a dialect can say of tools; the rest is flattened to plain functions. Copilot's chat takes no custom tools.
@@ -12214,6 +12233,8 @@ class Gateway:
         """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
         request = self._recollection.owned(self._recollection.restored(request), plan.origin)
         request = opened_request(request, plan.origin, plan.upstream_dialect)
+        if family_of(plan.model) == "gemini" and model_version(plain_name(plan.model), "gemini") >= (3, 0):
+            request = told_calls(request)
         asked = request.max_tokens
         request = fitted(request, plan.record, plan.upstream_dialect, self._settings()["fillMaxTokens"])
         plan.cut_at = asked if asked and request.max_tokens and request.max_tokens > asked else None

@@ -15670,6 +15670,16 @@ class TranslatedRequests(RelayCase):
         self.assertEqual(["message", "message", "custom_tool_call", "custom_tool_call_output", "message", "message"], [item["type"] for item in items])
         self.assertEqual(["commentary", "final_answer"], [item["phase"] for item in items if item.get("role") == "assistant"])
 
+    def test_a_call_without_its_state_is_told_to_gemini_3_as_text(self):
+        turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "ls", "input": {"path": "."}}]},
+                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "a.py"}]}]
+        tools = [{"name": "ls", "input_schema": {"type": "object"}}]
+        for model, told in (("gemini-3.1-pro-preview", True), ("gemini-2.5-pro", False)):
+            sent = self.sent(cp.MESSAGES, model, messages=turns, tools=tools)["messages"]
+            self.assertEqual(told, all("tool_calls" not in turn and turn["role"] != "tool" for turn in sent), sent)
+            self.assertIn("a.py", json.dumps(sent))
+            self.assertIn("ls", json.dumps(sent))
+
     def test_the_session_is_the_cache_key_beside_tools(self):
         user = json.dumps({"device_id": "0" * 64, "account_uuid": "", "session_id": "7c2dd9a0-0a8e-4d4c-8f0e-9c6f4a8c2b11"})
         body = self.sent(cp.MESSAGES, "gpt-5.4", metadata={"user_id": user}, tools=[{"name": "f", "input_schema": {"type": "object"}}])
