@@ -13702,7 +13702,7 @@ def run_start(setup: Setup, options: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
     start_parts(app)
-    greet(setup, server.server_address[1], host)
+    greet(setup, server.server_address[1], host, options.demo)
     try:
         server.serve_forever(0.2)
     finally:
@@ -13770,11 +13770,15 @@ def link_quietly(path: str) -> str:
         return ""
 
 
-def greet(setup: Setup, port: int, host: str) -> None:
-    """The lines a person sees at start: address, usage page, once per home the risk note."""
+def greet(setup: Setup, port: int, host: str, demo: bool) -> None:
+    """The lines a person sees at start: address, usage page, once per home the risk note; in a demo what to try."""
     url = f"http://{shown_host(host)}:{port}"
     setup.log.info(f"copilot_proxy {VERSION} listens on {url}")
     setup.log.info(f"usage: {url}/usage-viewer?endpoint={url}/usage")
+    if demo:
+        setup.log.info(f"""demo, no account and no network: curl -N {url}/v1/chat/completions -H 'content-type: application/json' """
+                       """-d '{"model":"demo-chat","stream":true,"messages":[{"role":"user","content":"Who are you?"}]}'""")
+        return
     if setup.settings()["accountType"] != "individual":
         setup.log.info(f"account type: {setup.settings()['accountType']}")
     stored = read_json(setup.paths.identity) or {}

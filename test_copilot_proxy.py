@@ -15160,7 +15160,7 @@ class Greeting(HomeCase):
         setup = cp.Setup(self.env, flags or {})
         setup.log = cp.Log(printed)
         setup.prepare()
-        cp.greet(setup, 4141, setup.settings()["host"])
+        cp.greet(setup, 4141, setup.settings()["host"], False)
         return printed.getvalue()
 
     def test_risk_note_once_per_home(self):
@@ -15206,6 +15206,24 @@ class WholeProcess(unittest.TestCase):
 
     def test_it_shows_the_risk_note_and_no_token(self):
         self.assertEqual((True, False, False), (cp.RISK_NOTE in self.text, "ghu_test" in self.text, "tid=" in self.text))
+
+
+class WholeDemo(unittest.TestCase):
+    """README's first command, without an account, a network, or a file of before."""
+
+    def test_it_answers_at_once_and_says_what_to_try(self):
+        home = tempfile.mkdtemp(prefix="copilot-proxy-test-")
+        self.addCleanup(remove, home)
+        gateway = GatewayProcess(home, None, "--demo", env={"COPILOT_API_GITHUB_TOKEN": ""})
+        self.addCleanup(gateway.stop, signal.SIGKILL)
+        client = Client(gateway.port)
+        self.addCleanup(client.close)
+        client.request("POST", *asking(cp.CHAT, model="demo-chat", stream=True))
+        answer = client.reply()
+        self.assertEqual((200, ""), (answer.status, chat_complaint(answer.body)))
+        self.assertEqual(0, gateway.stop(), gateway.text)
+        self.assertIn("curl -N http://127.0.0.1:", gateway.text)
+        self.assertNotIn("sign", gateway.text)
 
 
 ###############################################################################
@@ -17474,16 +17492,32 @@ def bench_tokens(per_class: int = 14) -> None:
 # `python test_copilot_proxy.py`, and its sub-commands.
 
 
-def run_tests(names: Sequence[str], wanted: Callable[[type], bool], share: int = 0, shares: int = 1) -> int:
-    """Runs the test classes that `wanted` admits, every `shares`-th of them; the last line printed is `N passed, N failed`."""
-    loader = unittest.TestLoader()
-    suite = unittest.TestSuite()
-    cases = [value for value in globals().values() if isinstance(value, type) and issubclass(value, unittest.TestCase) and wanted(value)]
-    for test in [test for case in cases[share::shares] for test in loader.loadTestsFromTestCase(case)]:
-        if not names or any(name in test.id() for name in names):
-            suite.addTest(test)
+def cases_of(kind: str) -> List[type]:
+    """The test classes of a kind, in the order of this file: `normal` ones run without anything installed."""
+    cases = [value for value in globals().values() if isinstance(value, type) and issubclass(value, unittest.TestCase)]
+    return [case for case in cases if getattr(case, "optional", False) == (kind == "conformance")]
+
+
+class HandedOut(unittest.TestSuite):
+    """The tests of those classes whose numbers this process draws from its standard input, which others draw from, too."""
+
+    _cleanup = False  # it has no list to take them from
+
+    def __init__(self, cases: Sequence[type]) -> None:
+        super().__init__()
+        self._cases = cases
+
+    def __iter__(self) -> Iterator[unittest.TestCase]:
+        record = os.read(0, 2)
+        while len(record) == 2:
+            yield from unittest.TestLoader().loadTestsFromTestCase(self._cases[int.from_bytes(record, "big")])
+            record = os.read(0, 2)
+
+
+def run_tests(suite: unittest.TestSuite, verbosity: int) -> int:
+    """Runs tests; the last line printed is `N passed, N failed`."""
     begun = time.monotonic()
-    result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if names else 1).run(suite)
+    result = unittest.TextTestRunner(stream=sys.stdout, verbosity=verbosity).run(suite)
     broken = {case.id().partition(" ")[0] for case, _ in result.failures + result.errors}
     if result.skipped:
         print(f"{len(result.skipped)} skipped: " + "; ".join(sorted({reason for _, reason in result.skipped})))
@@ -17491,12 +17525,16 @@ def run_tests(names: Sequence[str], wanted: Callable[[type], bool], share: int =
 
 
 def run_shares(shares: int, kind: str) -> int:
-    """Runs all tests of a kind in so many processes, each with its share of the classes, and prints what they printed."""
+    """Runs all tests of a kind in so many processes, which draw one class after the other, and prints what they printed."""
     begun, passed, failed = time.monotonic(), 0, 0
+    numbers, give = os.pipe()
+    os.write(give, b"".join(number.to_bytes(2, "big") for number in range(len(cases_of(kind)))))
+    os.close(give)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in range(shares)]
-        workers = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "share", kind, str(share), str(shares)], stdout=file, stderr=subprocess.STDOUT)
-                   for share, file in enumerate(files)]
+        workers = [subprocess.Popen([sys.executable, os.path.abspath(__file__), "share", kind], stdin=numbers, stdout=file, stderr=subprocess.STDOUT)
+                   for file in files]
+        os.close(numbers)
         for worker, file in zip(workers, files):
             worker.wait()
             file.seek(0)
@@ -17514,11 +17552,6 @@ def report(begun: float, passed: int, failed: int) -> int:
     return 1 if failed or not passed else 0
 
 
-# kind -> the classes of it: `normal` ones run without anything installed
-CLASSES_OF: Dict[str, Callable[[type], bool]] = {"normal": lambda case: not getattr(case, "optional", False),
-                                                 "conformance": lambda case: bool(getattr(case, "optional", False))}
-
-
 def main(args: Sequence[str]) -> int:
     """Runs a sub-command, or the tests whose names contain an argument."""
     if args[:1] == ["upstream"]:
@@ -17530,10 +17563,13 @@ def main(args: Sequence[str]) -> int:
     if args[:1] == ["bench"]:
         return bench(args[1:])
     if args[:1] == ["share"]:
-        return run_tests((), CLASSES_OF[args[1]], int(args[2]), int(args[3]))
+        return run_tests(HandedOut(cases_of(args[1])), 1)
     kind = "conformance" if args[:1] == ["conformance"] else "normal"
     names = args[kind == "conformance":]
-    return run_tests(names, CLASSES_OF[kind]) if names else run_shares(min(4, os.cpu_count() or 1), kind)
+    if not names:
+        return run_shares(min(4, os.cpu_count() or 1), kind)
+    tests = [test for case in cases_of(kind) for test in unittest.TestLoader().loadTestsFromTestCase(case)]
+    return run_tests(unittest.TestSuite(test for test in tests if any(name in test.id() for name in names)), 2)
 
 
 if __name__ == "__main__":
