@@ -17567,7 +17567,7 @@ def main(args: Sequence[str]) -> int:
     kind = "conformance" if args[:1] == ["conformance"] else "normal"
     names = args[kind == "conformance":]
     if not names:
-        return run_shares(min(4, os.cpu_count() or 1), kind)
+        return run_shares(min(4, os.cpu_count() or 1) if kind == "normal" else 1, kind)  # real clients watch the clock
     tests = [test for case in cases_of(kind) for test in unittest.TestLoader().loadTestsFromTestCase(case)]
     return run_tests(unittest.TestSuite(test for test in tests if any(name in test.id() for name in names)), 2)
 
