@@ -7692,6 +7692,11 @@ def tier_of(name: str, family: str) -> int:
     return max(found, default=tiers.index("sonnet") if family == "claude" else 0)
 
 
+def needs_state(model: str) -> bool:
+    """Whether a model refuses calls without the state it gave beside them: Gemini from 3 on (copilot-upstream 5.1)."""
+    return family_of(model) == "gemini" and model_version(plain_name(model), "gemini") >= (3, 0)
+
+
 def kindred(name: str, catalogue: Catalogue, small: str) -> Optional[str]:
     """What the account has for a name nobody has: the dearest model of its family that is no dearer, the newest of
     these; else the small model. None for a name of no family."""
@@ -8616,14 +8621,17 @@ class Recollection:
             return blocks
         filled: List[Block] = []
         for block in blocks:
-            if isinstance(block, ToolCall):
-                with self._lock:
-                    known = self._kept.pop(block.id, ())
-                    if known:
-                        self._kept[block.id] = known  # used last now
-                filled.extend(known)
+            filled.extend(self.recall(block.id) if isinstance(block, ToolCall) else ())
             filled.append(block)
         return filled
+
+    def recall(self, call_id: str) -> Tuple[Thinking, ...]:
+        """The thinking that led to a call, sealed; nothing for a call nobody remembers."""
+        with self._lock:
+            known = self._kept.pop(call_id, ())
+            if known:
+                self._kept[call_id] = known  # used last now
+        return known
 
 
 # ---- logs -------------------------------------------------------------------
@@ -12010,6 +12018,34 @@ class PassThroughRoad(Road):
         return self._codec.meter(self.exchange.trace_id).close(failure)
 
 
+class RememberingRoad(PassThroughRoad):
+    """Chat, passed through, of a model that refuses calls without their state: what its client may not keep is kept here."""
+
+    def __init__(self, plan: Plan, quirks: Sequence[Quirk], inbound: Inbound, line: ClientLine, exchange: Exchange,
+                 watch: Watch, recollection: Recollection) -> None:
+        super().__init__(plan, quirks, inbound, line, exchange, watch)
+        self._recollection = recollection
+        self._relayed: List[bytes] = []
+
+    def relay(self, answer: Answer, data: bytes) -> None:
+        self._relayed.append(data)
+        super().relay(answer, data)
+
+    def finish(self, answer: Answer, data: bytes, failure: Optional[Failure]) -> None:
+        super().finish(answer, data, failure)
+        if failure is None:
+            self._remember(collect(self._codec.decode_stream([parse_frames(b"".join(self._relayed) + data)])))
+
+    def _send(self, answer: Answer, body: bytes, value: Json) -> None:
+        super()._send(answer, body, value)
+        self._remember(self._codec.decode_reply(value))
+
+    def _remember(self, reply: Reply) -> None:
+        carriage = Carriage(self.plan.origin, CHAT, CHAT)
+        thinking = [carriage.sealed(block) for block in reply.content if isinstance(block, Thinking) and block.signature]
+        self._recollection.keep([block.id for block in reply.content if isinstance(block, ToolCall)], thinking)
+
+
 class TranslatedRoad(Road):
     """Upstream speaks another dialect: frames -> events -> frames, batch by batch; whole answers by the same values."""
 
@@ -12215,7 +12251,10 @@ class Gateway:
             wire = self._translated(plan, request, quirks)
             road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection, self._cutter(plan, request))
         else:
-            road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
+            if dialect == CHAT and needs_state(plan.model):
+                road = RememberingRoad(plan, quirks, inbound, line, exchange, self._watch, self._recollection)
+            else:
+                road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
             wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
             line.may_open_early(answer_head(200, road.stream_headers({})), codec.keep_alive)
@@ -12233,7 +12272,7 @@ class Gateway:
         """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
         request = self._recollection.owned(self._recollection.restored(request), plan.origin)
         request = opened_request(request, plan.origin, plan.upstream_dialect)
-        if family_of(plan.model) == "gemini" and model_version(plain_name(plan.model), "gemini") >= (3, 0):
+        if needs_state(plan.model):
             request = told_calls(request)
         asked = request.max_tokens
         request = fitted(request, plan.record, plan.upstream_dialect, self._settings()["fillMaxTokens"])
@@ -12292,8 +12331,7 @@ class Gateway:
             if not allowed:
                 raise ClientError("Request rejected by the operator", status=403, code="request_rejected")
 
-    @staticmethod
-    def _shape(plan: Plan, body: Json, inbound: Inbound, quirks: Sequence[Quirk]) -> bytes:
+    def _shape(self, plan: Plan, body: Json, inbound: Inbound, quirks: Sequence[Quirk]) -> bytes:
         """The bytes to send: the client's own where no row of EDITS applied."""
         if plan.upstream_dialect == MESSAGES:
             plan.betas, plan.dropped = sift_betas(inbound.headers.get("anthropic-beta", ""))
@@ -12301,10 +12339,28 @@ class Gateway:
         if any(needle in inbound.body for needle in FOREIGN_NEEDLES) and drop_foreign(body, plan.dialect):
             changed = True
             plan.edits.append("carriers")
+        if plan.dialect == CHAT and needs_state(plan.model) and self._give_back(body, plan.origin):
+            changed = True
+            plan.edits.append("state")
         if body.get("model") != plan.model:
             body["model"], changed = plan.model, True
             plan.edits.append("model")
         return dump_json(body, ascii_only=inbound.body.isascii()) if changed else inbound.body
+
+
+    def _give_back(self, body: Json, origin: str) -> bool:
+        """Puts remembered state beside the calls of a Chat body that came without; True when there was any."""
+        given = False
+        for turn in body["messages"]:
+            calls = turn.get("tool_calls")
+            if turn.get("reasoning_opaque") or not isinstance(calls, list) or not calls:
+                continue
+            for kept in self._recollection.recall(str(calls[0].get("id"))):
+                thinking = opened_thinking(kept, origin, CHAT)
+                if isinstance(thinking, Thinking):
+                    turn.update({"reasoning_opaque": thinking.signature, **({"reasoning_text": thinking.text} if thinking.text else {})})
+                    given = True
+        return given
 
 
 class Embeddings:

@@ -15698,6 +15698,25 @@ class TranslatedRequests(RelayCase):
             self.assertIn("a.py", json.dumps(sent))
             self.assertIn("ls", json.dumps(sent))
 
+    def test_a_chat_client_that_keeps_only_ids_gets_its_state_back_for_gemini_3(self):
+        self.upstream.model = lambda dialect, body, attempt: ModelAction(thinking="deep", calls=[ModelCall("ls")], stop="tool") if attempt is not None else None
+        tools = [{"type": "function", "function": {"name": "ls", "parameters": {"type": "object"}}}]
+        for stream in (False, True):
+            self.upstream.scripts[CHAT_PATH].clear()
+            path, body = asking(cp.CHAT, model="gemini-3.1-pro-preview", stream=stream, tools=tools)
+            answer = self.post(path, body)
+            codec = cp.CODECS[cp.CHAT]
+            turn = cp.collect(codec.decode_stream([cp.parse_frames(answer.body)])) if stream else codec.decode_reply(answer.json)
+            call = next(block for block in turn.content if isinstance(block, cp.ToolCall))
+            state = next(block.signature for block in turn.content if isinstance(block, cp.Thinking) and block.signature)
+            self.row(answer)
+            kept = {"role": "assistant", "content": None, "tool_calls": [{"id": call.id, "type": "function", "function": {"name": "ls", "arguments": call.arguments}}]}
+            body = {**body, "messages": [*body["messages"], kept, {"role": "tool", "tool_call_id": call.id, "content": "a.py"}]}
+            again = self.post(path, body)
+            self.assertEqual(200, again.status, again.text[:300])
+            self.assertEqual(state, self.upstream.seen(CHAT_PATH)[-1].body["messages"][1]["reasoning_opaque"])
+            self.assertEqual("state", self.row(again)["edits"].split(",")[-1])
+
     def test_the_session_is_the_cache_key_beside_tools(self):
         user = json.dumps({"device_id": "0" * 64, "account_uuid": "", "session_id": "7c2dd9a0-0a8e-4d4c-8f0e-9c6f4a8c2b11"})
         body = self.sent(cp.MESSAGES, "gpt-5.4", metadata={"user_id": user}, tools=[{"name": "f", "input_schema": {"type": "object"}}])
