@@ -6,10 +6,11 @@
 """copilot_proxy: one local address for every AI client, on your own GitHub Copilot subscription.
 
 One file, standard library only, Python 3.9 and up. It listens on 127.0.0.1:4141 and speaks OpenAI Chat
-Completions, OpenAI Responses and Anthropic Messages, so Claude Code, Codex, opencode, Aider, Cursor and
-any SDK can use the models of the account that signed in.
+Completions, OpenAI Responses, Anthropic Messages and Gemini, so Claude Code, Codex, opencode, Gemini CLI,
+Aider, Cursor and any SDK can use any model of the account that signed in.
 
     python copilot_proxy.py start            # serve; prints how to sign in when nobody has
+    python copilot_proxy.py start --demo     # a built-in model: no account, no network
     python copilot_proxy.py auth login       # sign in to GitHub and leave
     python copilot_proxy.py config           # effective settings and where each comes from
     python -m copilot_proxy start            # the same from cached bytecode: faster start, less memory
@@ -19,12 +20,13 @@ The way of one request (rooms in brackets):
     accept     [Server]    read head and body, with limits; nothing else touches the client's socket
     route      [Server]    ROUTES: path -> dialect and operation
     admit      [Server]    Host, Origin, API key
-    read       [codecs]    JSON -> Request, for decisions only
+    read       [codecs]    JSON -> Request, for decisions and translation
     interpret  [Agents]    session, prompt, initiator, sub-agent, compaction, vision
     plan       [Catalog]   asked name -> model -> upstream dialect; then permit: rate limit, approval
-    shape      [Quirks]    the client's own body, edited only where a row of QUIRKS says so
+    shape      [codecs]    the client's own body where the model speaks its dialect, else Request in upstream's;
+                           edited where a row of QUIRKS says so
     send       [Upstream]  fresh token, pooled socket, retries only before the first byte
-    relay      [Gateway]   upstream's bytes, whole frames at a time; usage is metered on the way
+    relay      [Gateway]   upstream's bytes, or events decoded and encoded anew, whole frames at a time, metered
     record     [Ledger]    one row per exchange, however it ended
 
 The rooms, in order. A definition uses names of its own room or of rooms above, never below. Up to Agents
@@ -34,7 +36,7 @@ everything is pure: data in, data out, no sockets, files, clock or threads.
     Vocabulary          blocks, messages, requests, usage; what was planned and how it went
     Errors              the three roots, and the one classification of failures
     Wire                JSON with limits, HTTP heads, chunks, server-sent events, redaction
-    Stream algebra      what every dialect's codec promises, and the meter of a relayed stream
+    Stream algebra      the hub: what every codec promises, streams as events, carriers, tools flattened
     OpenAI Chat         codec of /v1/chat/completions
     OpenAI Responses    codec of /v1/responses
     Anthropic Messages  codec of /v1/messages
@@ -46,7 +48,7 @@ everything is pure: data in, data out, no sockets, files, clock or threads.
     State               directories, settings, atomic files, locks, logs
     Upstream            the one outbound door: opener, pool, byte pump, retries, the watch thread
     Accounts            GitHub tokens, device sign-in, Copilot tokens
-    Providers           how one upstream is addressed: hosts, headers, paths
+    Providers           how one upstream is addressed: hosts, headers, paths; the demo model
     Ledger              usage and requests in SQLite, one writer
     Gateway             the steps above, from read to record
     Server              routes, keys, origin checks, the HTTP handler
