@@ -12036,7 +12036,10 @@ class RememberingRoad(PassThroughRoad):
     def finish(self, answer: Answer, data: bytes, failure: Optional[Failure]) -> None:
         super().finish(answer, data, failure)
         if failure is None:
-            self._remember(collect(self._codec.decode_stream([parse_frames(b"".join(self._relayed) + data)])))
+            try:
+                self._remember(collect(self._codec.decode_stream([parse_frames(b"".join(self._relayed) + data)])))
+            except UpstreamError:
+                pass  # it ended in an unusual way: nothing is remembered
 
     def _send(self, answer: Answer, body: bytes, value: Json) -> None:
         super()._send(answer, body, value)
