@@ -1994,10 +1994,10 @@ CUSTOM_SCHEMA: Json = {"type": "object", "properties": {"input": {"type": "strin
 SEARCH_SCHEMA: Json = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
 
-def flatten(request: Request, names: Names, dialect: str) -> Request:
+def flatten(request: Request, names: Names, dialect: str, lacking: Any = frozenset()) -> Request:
     """The request in words the dialect knows: other tool kinds as functions, namespaces in the name, long names
-    shortened, references as text. `names` learns the way back."""
-    powers = TOOL_POWERS[dialect]
+    shortened, references as text. `names` learns the way back; `lacking`: powers of the dialect the model does not have."""
+    powers = TOOL_POWERS[dialect] - lacking
     if dialect == RESPONSES and not any(tool.kind == "search" for tool in request.tools):
         powers = powers - {DEFER}  # nothing could load what is deferred
     tools = [flat_tool(tool, names, powers) for tool in request.tools if tool.kind != "server" or SERVER in powers]
@@ -6791,8 +6791,9 @@ QUIRKS: Tuple[Quirk, ...] = (
 )
 
 # Beta flags that every host behind Copilot accepts; any other may be refused (copilot-upstream 7.2).
+DEFERRED_TOOLS = "advanced-tool-use-2025-11-20"  # what `defer_loading` needs
 BETAS = frozenset(("interleaved-thinking-2025-05-14", "context-management-2025-06-27",
-                   "advanced-tool-use-2025-11-20", "extended-cache-ttl-2025-04-11"))
+                   DEFERRED_TOOLS, "extended-cache-ttl-2025-04-11"))
 
 
 def sift_betas(header: str) -> Tuple[List[str], List[str]]:
@@ -7633,6 +7634,12 @@ def fitted_reasoning(asked: Optional[Reasoning], record: Json, upstream: str, to
     if not stated and tokens and budget >= tokens:
         budget = tokens // 2  # half is left to the answer
     return replace(asked, mode="on", effort=None, budget=max(least, min(budget, most or budget)), visible=None)
+
+
+def lacking_powers(record: Optional[Json], upstream: str) -> Any:
+    """What Messages can say of tools and this model does not know: only some Claude search theirs."""
+    knows = record is not None and model_capability(record, "supports", "tool_search") is True
+    return frozenset((DEFER, REFERENCE)) if upstream == MESSAGES and not knows else frozenset()
 
 
 def phased(request: Request) -> Request:
@@ -11263,7 +11270,7 @@ def demo_record(name: str, endpoint: str) -> Json:
                            "vision": {"max_prompt_images": 20, "max_prompt_image_size": 20_971_520,
                                       "supported_media_types": ["image/jpeg", "image/png", "image/webp", "image/gif"]}},
                 "supports": {"streaming": True, "tool_calls": True, "parallel_tool_calls": True, "vision": True, "structured_outputs": True,
-                             "reasoning_effort": list(EFFORTS), "adaptive_thinking": True, "min_thinking_budget": 1024,
+                             "reasoning_effort": list(EFFORTS), "adaptive_thinking": True, "tool_search": True, "min_thinking_budget": 1024,
                              "max_thinking_budget": 31_999}}}
 
 
@@ -12287,7 +12294,10 @@ class Gateway:
             request = phased(replace(request, cache_key=request.cache_key or session))
         elif plan.upstream_dialect == CHAT and plan.provider == "copilot":
             request = replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
-        flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect)
+        lacking = lacking_powers(plan.record, plan.upstream_dialect)
+        flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect, lacking)
+        if plan.upstream_dialect == MESSAGES and any(tool.deferred for tool in flat.tools):
+            plan.betas = [DEFERRED_TOOLS]
         body = CODECS[plan.upstream_dialect].encode_request(flat)
         raw = dump_json(body)
         return dump_json(body) if edit_request(body, raw, plan, quirks) else raw

@@ -15681,7 +15681,7 @@ class TranslatedRequests(RelayCase):
         """The body upstream got."""
         answer = self.post(*asking(dialect, model=model, **body))
         self.assertEqual(200, answer.status, answer.text[:300])
-        return self.upstream.seen(next(path for path in GENERATE if self.upstream.seen(path)))[-1].body
+        return max((seen for path in GENERATE for seen in self.upstream.seen(path)), key=lambda seen: seen.at).body
 
     def test_a_result_is_of_the_kind_of_its_call_and_words_have_their_phase(self):
         items = self.sent(cp.CHAT, "gpt-5.4", messages=self.CALLED, tools=[{"type": "custom", "custom": {"name": "run"}}])["input"]
@@ -15716,6 +15716,14 @@ class TranslatedRequests(RelayCase):
             self.assertEqual(200, again.status, again.text[:300])
             self.assertEqual(state, self.upstream.seen(CHAT_PATH)[-1].body["messages"][1]["reasoning_opaque"])
             self.assertEqual("state", self.row(again)["edits"].split(",")[-1])
+
+    def test_deferred_tools_go_with_their_beta_and_only_to_a_claude_that_searches(self):
+        tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "defer_loading": True}, {"type": "tool_search", "execution": "client",
+                 "parameters": {"type": "object"}}]
+        for model, deferred in (("claude-opus-4.8", True), ("claude-opus-4.6", False)):
+            sent = self.sent(cp.RESPONSES, model, tools=tools)
+            self.assertEqual(deferred, any(tool.get("defer_loading") for tool in sent["tools"]), model)
+            self.assertEqual(cp.DEFERRED_TOOLS if deferred else None, self.upstream.seen(MESSAGES_PATH)[-1].headers.get("anthropic-beta"))
 
     def test_the_session_is_the_cache_key_beside_tools(self):
         user = json.dumps({"device_id": "0" * 64, "account_uuid": "", "session_id": "7c2dd9a0-0a8e-4d4c-8f0e-9c6f4a8c2b11"})
