@@ -2156,6 +2156,14 @@ def want_flag(body: Json, name: str) -> bool:
     return bool(value)
 
 
+def want_number(body: Json, name: str) -> Optional[float]:
+    """The number under `name`, None when absent or null; raises ClientError 400 for anything else."""
+    value = body.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise wrong_type(name, "a number", value)
+    return value
+
+
 def want_count(body: Json, *names: str) -> Optional[int]:
     """The first positive number under one of `names`; None when all are absent or null."""
     for name in names:
@@ -2523,14 +2531,6 @@ def chat_wire_choice(choice: ToolChoice) -> Any:
         return "auto"
     kind = "custom" if choice.kind == "custom" else "function"
     return {"type": kind, kind: {"name": choice.name}}
-
-
-def chat_number(body: Json, name: str) -> Optional[float]:
-    """The number under `name`, None when absent or null."""
-    value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise wrong_type(name, "a number", value)
-    return value
 
 
 def chat_stop(value: Any) -> Optional[List[str]]:
@@ -3102,9 +3102,9 @@ class ChatCodec(Codec):
             tools=[chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], tool_choice=chat_choice(chosen),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
-            stop=chat_stop(body.get("stop")), temperature=chat_number(body, "temperature"), top_p=chat_number(body, "top_p"),
-            top_k=want_count(body, "top_k"), seed=want_count(body, "seed"), presence_penalty=chat_number(body, "presence_penalty"),
-            frequency_penalty=chat_number(body, "frequency_penalty"),
+            stop=chat_stop(body.get("stop")), temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
+            top_k=want_count(body, "top_k"), seed=want_count(body, "seed"), presence_penalty=want_number(body, "presence_penalty"),
+            frequency_penalty=want_number(body, "frequency_penalty"),
             logprobs=want_count(body, "top_logprobs") or 0 if want_flag(body, "logprobs") else None,
             reasoning=chat_reasoning(body), output=chat_output(body.get("response_format")),
             verbosity=text_or_none(body.get("verbosity")), user=text_or_none(body.get("user")),
@@ -3670,14 +3670,6 @@ def responses_wire_choice(choice: ToolChoice) -> Any:
 
 
 # ---- options ----------------------------------------------------------------
-
-
-def responses_number(body: Json, name: str) -> Optional[float]:
-    """The number under `name`, None when absent or null."""
-    value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise wrong_type(name, "a number", value)
-    return value
 
 
 def responses_object(body: Json, name: str) -> Json:
@@ -4420,7 +4412,7 @@ class ResponsesCodec(Codec):
             model=want_model(body), messages=canonical(messages), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_output_tokens"),
-            temperature=responses_number(body, "temperature"), top_p=responses_number(body, "top_p"),
+            temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
             logprobs=want_count(body, "top_logprobs") or (0 if included else None),
             reasoning=responses_reasoning(responses_object(body, "reasoning")), output=responses_output(text.get("format")),
             verbosity=text_or_none(text.get("verbosity")), user=text_or_none(body.get("user")),
@@ -4854,14 +4846,6 @@ def messages_format(body: Json) -> Optional[OutputFormat]:
     if name_in(given, "type") != "json_schema":
         return None
     return OutputFormat(given["schema"] if isinstance(given.get("schema"), dict) else None)
-
-
-def messages_number(body: Json, name: str) -> Optional[float]:
-    """The number under `name`, None when absent or null."""
-    value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise wrong_type(name, "a number", value)
-    return value
 
 
 def messages_usage(usage: Any, body: Json) -> Optional[Usage]:
@@ -5487,7 +5471,7 @@ class MessagesCodec(Codec):
             model=want_model(body), messages=canonical(turns), tools=[messages_tool(tool) for tool in want_list(body, "tools")],
             tool_choice=choice, parallel_tools=parallel, stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_tokens"),
             stop=stop if stop is None else [text for text in stop if isinstance(text, str)],
-            temperature=messages_number(body, "temperature"), top_p=messages_number(body, "top_p"), top_k=want_count(body, "top_k"),
+            temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"), top_k=want_count(body, "top_k"),
             reasoning=messages_reasoning(body, messages_turn_effort(turns)), output=messages_format(body), user=user,
             metadata=metadata or None, extra={name: value for name, value in body.items() if name not in MESSAGES_READ} or None)
 
