@@ -7740,7 +7740,7 @@ def unknown_model(name: str, dialect: str) -> ClientError:
 
 
 def wrong_endpoint(name: str, dialect: str, served: Sequence[str]) -> ClientError:
-    """The refusal of a model that does not speak the client's dialect; names an endpoint that does."""
+    """The refusal of a model that makes no embeddings; names an endpoint that serves it."""
     paths = " or ".join(DIALECT_PATHS[other] for other in served) or "no endpoint this gateway serves"
     return ClientError(f"The model '{name}' is not served at {DIALECT_PATHS[dialect]}; use {paths}",
                        code="unsupported_api_for_model", param="model")
@@ -11728,7 +11728,7 @@ class RateGate:
 
 
 class Planner:
-    """Turns the name a client asks for into a model that speaks the client's dialect."""
+    """Turns the name a client asks for into a model, and into the dialect it is spoken to in."""
 
     def __init__(self, settings: Callable[[], Settings], models: Models, provider: Provider) -> None:
         self._settings = settings
@@ -12083,8 +12083,7 @@ class TranslatedRoad(Road):
                     self.relay(answer, data)
         finally:
             exchange.usage, exchange.served_model, exchange.stop_reason = tally.usage, tally.model, tally.stop_reason
-        self._recollection.keep(tally.calls if plan.dialect == CHAT else (), tally.thinking)
-        self._recollection.note(tally.thinking, plan.origin)
+        self._remember(tally.calls, tally.thinking)
         if isinstance(self._framing, JsonArray):
             last += self._framing.close()
         self.finish(answer, last, tally.failure)
@@ -12104,11 +12103,15 @@ class TranslatedRoad(Road):
         reply = replace(reply, id=client_id(plan.dialect, reply.id, self.exchange.trace_id), model=reply.model or plan.model,
                         created_at=reply.created_at or self.exchange.started_ms // 1000)
         thinking = [block for block in reply.content if isinstance(block, Thinking) and (block.signature or block.redacted)]
-        self._recollection.note(thinking, plan.origin)
-        if plan.dialect == CHAT:
-            self._recollection.keep([block.id for block in reply.content if isinstance(block, ToolCall)], thinking)
+        self._remember([block.id for block in reply.content if isinstance(block, ToolCall)], thinking)
         body = dump_json(self._client.encode_reply(reply, self._asked))
         self.send_whole(answer, body, reply.usage, reply.model, reply.stop_reason)
+
+    def _remember(self, calls: Sequence[str], thinking: Sequence[Thinking]) -> None:
+        """Keeps what the client or the shape of its carriers cannot say at the next turn."""
+        self._recollection.note(thinking, self.plan.origin)
+        if self.plan.dialect == CHAT:
+            self._recollection.keep(calls, thinking)
 
     def ending(self, failure: Failure) -> bytes:
         """The dialect's ending for a stream without content."""
@@ -12161,11 +12164,9 @@ class Tally:
 
     def __iter__(self) -> Iterator[List[Event]]:
         forgetful = self._road.plan.dialect in (CHAT, MESSAGES)
-        waiting = True
         for events in self._events:
-            if waiting:
+            if not self._begun:
                 events = [self._started(event) if type(event) is ReplyStart else event for event in events]
-                waiting = not self._begun
             if type(events[-1]) is Fault or type(events[-1]) is ReplyStop:
                 events = [*events[:-1], self._ended(events[-1])]
             if forgetful:
