@@ -15613,6 +15613,17 @@ class AnyClientAnyModel(RelayCase):
                 self.assertIn("error", answer.text)
                 self.assertEqual("interrupted", self.row(answer)["outcome"])
 
+    def test_an_error_that_opens_a_stream_is_a_real_status_in_every_dialect(self):
+        for dialect in (cp.RESPONSES, cp.MESSAGES, cp.GEMINI):
+            with self.subTest(dialect):
+                self.upstream.scripts[CHAT_PATH].clear()
+                self.upstream.answer(CHAT_PATH, stream(sse({"error": {"message": "slow down", "code": "rate_limited"}})))
+                client = StoringClient(dialect, MODEL_OF[cp.CHAT], True)
+                client.say("hi")
+                answer = self.post(*client.ask())
+                self.assertEqual(429, answer.status, answer.text[:300])
+                self.assertIn("slow down", answer.json["error"]["message"])
+
     def test_a_translated_request_keeps_the_laws_of_upstream(self):
         """The scripted upstream is strict: a `service_tier`, a foreign field or a missing limit would be refused."""
         for dialect, upstream, streamed in self.PAIRS:
@@ -15876,6 +15887,16 @@ class AnyClientDemo(unittest.TestCase):
                 self.assertEqual("deep", cp.unseal(turn.content[0].signature)["t"])
                 client.answer_calls(turn, "sunny")
                 self.assertIn("thoughts=1", client.take(self.ask("POST", *client.ask())).content[-1].text)
+
+    def test_a_call_that_runs_away_ends_the_stream(self):
+        for dialect in (cp.RESPONSES, cp.MESSAGES, cp.GEMINI):
+            with self.subTest(dialect):
+                client = StoringClient(dialect, "demo-chat", True)
+                client.say('[[call:get_weather {"city":' + "\n" * 30 + '"Paris"}]]')
+                answer = self.ask("POST", *client.ask())
+                self.assertIn("endless white space", answer.text)
+                if answer.status == 200:  # Gemini has relayed nothing of the call: a real status is still possible
+                    self.assertEqual("", COMPLAINTS[dialect](answer.body))
 
     def test_what_responses_cannot_be_told_is_done_here(self):
         for stream in (False, True):
