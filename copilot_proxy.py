@@ -562,6 +562,35 @@ class Exchange:
     duration_ms: int = 0
 
 
+# ---- what names and records of models say ------------------------------------
+
+# The first number or pair of numbers: 4.6, 4-6, 3-5, 5, and Copilot's `claude-opus-41`, `gpt-41-copilot`; no date.
+MODEL_VERSION = r"(?<![\d.])(?:([3-9])(\d)|(\d{1,2})(?:[.-](\d{1,2}))?)(?![\dm])"
+NEWEST_VERSION = (99, 0)
+
+
+def model_version(model: str, brand: str) -> Tuple[int, int]:
+    """(4, 6) for `claude-opus-4.6`; a name without a number is the newest."""
+    found = re.search(MODEL_VERSION, model.lower().partition(brand)[2])
+    if found is None:
+        return NEWEST_VERSION
+    return int(found[1] or found[3]), int(found[2] or found[4] or 0)
+
+
+def model_capability(record: Json, *path: str) -> Any:
+    """A value inside `capabilities`, None when it is not said."""
+    value: Any = record.get("capabilities")
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def model_limit(record: Json, name: str) -> Optional[int]:
+    """A limit in tokens (or inputs), None when upstream does not state it."""
+    value = model_capability(record, "limits", name)
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+
+
 ###############################################################################
 #                                   Errors                                    #
 ###############################################################################
@@ -1250,6 +1279,85 @@ def redact(text: str) -> str:
     return SECRET_QUERY.sub(r"\1***", SECRET_SHAPES.sub(lambda found: mask(found.group(0)), text))
 
 
+# ---- image headers ----------------------------------------------------------
+
+# The first 64 KB of an image hold its size, except in a JPEG with large metadata.
+IMAGE_HEAD_BYTES = 65536
+# Decoded at once: 1 ms, so that a large payload never holds other threads up.
+BASE64_CHARS = 1 << 20
+
+
+def decode_base64(text: str, limit: Optional[int] = None) -> bytes:
+    """The first `limit` bytes (default all) of base64 or base64url text, a data: URL too; b"" if it is not base64."""
+    if text.startswith("data:"):
+        text = text[text.find(",", 0, 1024) + 1:]
+    if limit is not None:
+        text = text[:limit * 4 // 3 // 4 * 4]
+    if "\n" in text or "-" in text or "_" in text or " " in text:
+        text = "".join(text.split()).replace("-", "+").replace("_", "/")
+    text += "=" * (-len(text) % 4)
+    try:
+        return b"".join([binascii.a2b_base64(text[at:at + BASE64_CHARS]) for at in range(0, len(text), BASE64_CHARS)])
+    except ValueError:
+        return b""
+
+
+def webp_size(data: bytes) -> Tuple[int, int]:
+    """Raises struct.error or IndexError when the header is cut."""
+    if data[12:16] == b"VP8X":
+        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
+        return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
+    if data[12:16] == b"VP8L":
+        bits, = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def jpeg_size(data: bytes) -> Tuple[int, int]:
+    """Walks the segments to the start of frame. Raises struct.error or IndexError when the data ends before it."""
+    at = 2
+    while data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
+            at += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return 0, 0
+
+
+def image_size(data: bytes) -> Optional[Tuple[int, int]]:
+    """(width, height) in pixels from the header of a PNG, GIF, WebP or JPEG; None if it holds none."""
+    try:
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            size = struct.unpack_from(">II", data, 16)
+        elif data[:4] == b"GIF8":
+            size = struct.unpack_from("<HH", data, 6)
+        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            size = webp_size(data)
+        elif data[:2] == b"\xff\xd8":
+            size = jpeg_size(data)
+        else:
+            return None
+    except (struct.error, IndexError):
+        return None
+    return size if all(size) else None
+
+
+def image_size_base64(text: str) -> Optional[Tuple[int, int]]:
+    """`image_size` of base64 text. Decodes 64 KB, and the rest only for a JPEG whose metadata is larger."""
+    head = decode_base64(text, IMAGE_HEAD_BYTES)
+    size = image_size(head)
+    if size is None and head[:2] == b"\xff\xd8" and len(text) > len(head) * 4 // 3 + 4:
+        size = image_size(decode_base64(text))
+    return size
+
+
 ###############################################################################
 #                               Stream algebra                                #
 ###############################################################################
@@ -1454,6 +1562,18 @@ EFFORT_BUDGETS = {"minimal": 4096, "low": 4096, "medium": 16000, "high": 24576, 
 def budget_of_effort(effort: str) -> int:
     """The thinking budget that stands for an effort where only budgets can be said."""
     return EFFORT_BUDGETS.get(effort, EFFORT_BUDGETS["medium"])
+
+
+def clamped_effort(effort: str, efforts: Sequence[str]) -> str:
+    """The nearest effort of a model's list: itself, `max` for a missing `xhigh`, else the next lower, else the lowest."""
+    if effort in efforts:
+        return effort
+    if effort == "xhigh" and "max" in efforts:
+        return "max"
+    rank = EFFORTS.index(effort) if effort in EFFORTS else len(EFFORTS) if effort == "ultra" else EFFORTS.index("medium")
+    known = [listed for listed in EFFORTS if listed in efforts]
+    lower = [listed for listed in known if EFFORTS.index(listed) <= rank]
+    return (lower or known[:1] or [effort])[-1]
 
 
 def effort_of_budget(budget: int) -> str:
@@ -7098,19 +7218,6 @@ class TokenEstimator:
         return max(1, round(total)) if text else 0
 
 
-# The first number or pair of numbers: 4.6, 4-6, 3-5, 5, and Copilot's `claude-opus-41`, `gpt-41-copilot`; no date.
-MODEL_VERSION = r"(?<![\d.])(?:([3-9])(\d)|(\d{1,2})(?:[.-](\d{1,2}))?)(?![\dm])"
-NEWEST_VERSION = (99, 0)
-
-
-def model_version(model: str, brand: str) -> Tuple[int, int]:
-    """(4, 6) for `claude-opus-4.6`; a name without a number is the newest."""
-    found = re.search(MODEL_VERSION, model.lower().partition(brand)[2])
-    if found is None:
-        return NEWEST_VERSION
-    return int(found[1] or found[3]), int(found[2] or found[4] or 0)
-
-
 def token_family(model: str) -> str:
     """The tokenizer a model bills with, a key of TOKEN_WEIGHTS. Copilot's own list says o200k for every model."""
     name = model.lower()
@@ -7149,83 +7256,6 @@ def framing_tokens(model: str, messages: int, tools_json: int = 0, forced: bool 
         row for row in FRAMING if row[0] in name and (row[1] is None or model_version(name, row[0]) >= row[1]))
     tools = round(tools_json * share) + (once_forced if forced else once) if tools_json else 0
     return request + message * messages + tools + call * calls + names
-
-
-# The first 64 KB of an image hold its size, except in a JPEG with large metadata.
-IMAGE_HEAD_BYTES = 65536
-# Decoded at once: 1 ms, so that a large payload never holds other threads up.
-BASE64_CHARS = 1 << 20
-
-
-def decode_base64(text: str, limit: Optional[int] = None) -> bytes:
-    """The first `limit` bytes (default all) of base64 or base64url text, a data: URL too; b"" if it is not base64."""
-    if text.startswith("data:"):
-        text = text[text.find(",", 0, 1024) + 1:]
-    if limit is not None:
-        text = text[:limit * 4 // 3 // 4 * 4]
-    if "\n" in text or "-" in text or "_" in text or " " in text:
-        text = "".join(text.split()).replace("-", "+").replace("_", "/")
-    text += "=" * (-len(text) % 4)
-    try:
-        return b"".join([binascii.a2b_base64(text[at:at + BASE64_CHARS]) for at in range(0, len(text), BASE64_CHARS)])
-    except ValueError:
-        return b""
-
-
-def webp_size(data: bytes) -> Tuple[int, int]:
-    """Raises struct.error or IndexError when the header is cut."""
-    if data[12:16] == b"VP8X":
-        low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, 24)
-        return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
-    if data[12:16] == b"VP8L":
-        bits, = struct.unpack_from("<I", data, 21)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def jpeg_size(data: bytes) -> Tuple[int, int]:
-    """Walks the segments to the start of frame. Raises struct.error or IndexError when the data ends before it."""
-    at = 2
-    while data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
-            at += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return 0, 0
-
-
-def image_size(data: bytes) -> Optional[Tuple[int, int]]:
-    """(width, height) in pixels from the header of a PNG, GIF, WebP or JPEG; None if it holds none."""
-    try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            size = struct.unpack_from(">II", data, 16)
-        elif data[:4] == b"GIF8":
-            size = struct.unpack_from("<HH", data, 6)
-        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            size = webp_size(data)
-        elif data[:2] == b"\xff\xd8":
-            size = jpeg_size(data)
-        else:
-            return None
-    except (struct.error, IndexError):
-        return None
-    return size if all(size) else None
-
-
-def image_size_base64(text: str) -> Optional[Tuple[int, int]]:
-    """`image_size` of base64 text. Decodes 64 KB, and the rest only for a JPEG whose metadata is larger."""
-    head = decode_base64(text, IMAGE_HEAD_BYTES)
-    size = image_size(head)
-    if size is None and head[:2] == b"\xff\xd8" and len(text) > len(head) * 4 // 3 + 4:
-        size = image_size(decode_base64(text))
-    return size
 
 
 # Claude shrinks an image to a longest edge and a number of 28-pixel patches (Anthropic, "Vision"); 5.5 was billed as if
@@ -7411,20 +7441,6 @@ def endpoint_dialects(record: Json) -> List[str]:
         if dialect and dialect not in found:
             found.append(dialect)
     return found
-
-
-def model_capability(record: Json, *path: str) -> Any:
-    """A value inside `capabilities`, None when it is not said."""
-    value: Any = record.get("capabilities")
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def model_limit(record: Json, name: str) -> Optional[int]:
-    """A limit in tokens (or inputs), None when upstream does not state it."""
-    value = model_capability(record, "limits", name)
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
 
 
 def usable_prompt_cap(record: Json) -> Optional[int]:
@@ -7649,18 +7665,6 @@ def without_pdfs(blocks: Sequence[Block]) -> List[Block]:
             block = Text(PDF_NOTE.format(block.name or "document.pdf"))
         kept.append(block)
     return kept
-
-
-def clamped_effort(effort: str, efforts: Sequence[str]) -> str:
-    """The nearest effort of a model's list: itself, `max` for a missing `xhigh`, else the next lower, else the lowest."""
-    if effort in efforts:
-        return effort
-    if effort == "xhigh" and "max" in efforts:
-        return "max"
-    rank = EFFORTS.index(effort) if effort in EFFORTS else len(EFFORTS) if effort == "ultra" else EFFORTS.index("medium")
-    known = [listed for listed in EFFORTS if listed in efforts]
-    lower = [listed for listed in known if EFFORTS.index(listed) <= rank]
-    return (lower or known[:1] or [effort])[-1]
 
 
 # ---- names nobody has -------------------------------------------------------
