@@ -89,7 +89,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
 from urllib.parse import parse_qsl, unquote, urlsplit
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 ###############################################################################
 #                                  Masthead                                   #
@@ -575,6 +575,11 @@ def model_version(model: str, brand: str) -> Tuple[int, int]:
     if found is None:
         return NEWEST_VERSION
     return int(found[1] or found[3]), int(found[2] or found[4] or 0)
+
+
+def needs_state(model: str) -> bool:
+    """Whether a model refuses calls without the state it gave beside them: Gemini from 3 on (copilot-upstream 5.1)."""
+    return "gemini" in model.lower() and model_version(model, "gemini") >= (3, 0)
 
 
 def model_capability(record: Json, *path: str) -> Any:
@@ -1919,6 +1924,11 @@ def origin_of(provider: str, account: str, model: str) -> str:
     return hashlib.sha256(f"{provider}|{account}|{model}".encode("utf-8", "replace")).hexdigest()[:12]
 
 
+def state_digest(state: str) -> str:
+    """A short name of a sealed state."""
+    return hashlib.sha256(state.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def seal(kind: str, origin: str, state: str, id: Optional[str] = None, text: str = "") -> str:
     """A carrier."""
     facts = {"k": kind, "o": origin, "i": id, "s": state, "t": text}
@@ -2048,25 +2058,34 @@ def is_own(facts: Optional[Json], origin: str) -> bool:
     return facts is not None and facts.get("o") == origin and isinstance(facts.get("s"), str)
 
 
-def drop_foreign(body: Json, dialect: str) -> bool:
-    """Takes out of a wire body that is passed on as it is every carrier and the thinking it belongs to: whoever speaks
-    the client's dialect never made one. True when there was any."""
+def open_carriers(body: Json, dialect: str, origin: str) -> bool:
+    """Opens the carriers of a wire body that is passed on as it is, where this origin made them (thinking whose text was
+    hidden); every other one goes, with the thinking it belongs to. True when there was any."""
     turns = body.get("input" if dialect == RESPONSES else "messages")
     found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    dropped = False
+    changed = False
     for turn in found:
         content = turn.get("content")
         if dialect == RESPONSES and holds_carrier(turn, "encrypted_content"):
             turns.remove(turn)
-            dropped = True
+            changed = True
         elif dialect == CHAT and holds_carrier(turn, "reasoning_opaque"):
             for name in ("reasoning_opaque", "reasoning_text", "reasoning_content"):
                 turn.pop(name, None)
-            dropped = True
+            changed = True
         elif dialect == MESSAGES and isinstance(content, list) and any(holds_carrier(block, "signature", "data") for block in content):
-            turn["content"] = [block for block in content if not holds_carrier(block, "signature", "data")] or PLACEHOLDER
-            dropped = True
-    return dropped
+            opened_ones = [open_thinking_form(block, origin) for block in content]
+            turn["content"] = [block for block in opened_ones if block is not None] or PLACEHOLDER
+            changed = True
+    return changed
+
+
+def open_thinking_form(block: Any, origin: str) -> Any:
+    """A Messages block with its text and signature as upstream made them; None for a carrier of another origin."""
+    if not holds_carrier(block, "signature", "data"):
+        return block
+    facts = unseal(str(block.get("signature")))
+    return {**block, "thinking": str(facts.get("t") or ""), "signature": facts["s"]} if is_own(facts, origin) else None
 
 
 def holds_carrier(value: Any, *names: str) -> bool:
@@ -6822,6 +6841,9 @@ class Quirk:
     applies: Callable[[Plan], bool] = lambda plan: True
 
 
+# ---- fields -----------------------------------------------------------------
+
+
 def drop_service_tier(body: Json, plan: Plan) -> bool:
     """Copilot refuses the field in every dialect."""
     return body.pop("service_tier", plan) is not plan
@@ -6848,6 +6870,622 @@ def ask_for_usage(body: Json, plan: Plan) -> bool:
 def swallow_usage_chunk(chunk: Json, plan: Plan) -> Optional[Json]:
     """Drops the chunk that carries nothing but the usage nobody asked for."""
     return None if chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict) else chunk
+
+
+def renamed_field(body: Json, old: str, new: str) -> bool:
+    """Gives a field its other name, in its place; where both are there the new one stays."""
+    if old not in body:
+        return False
+    fields = [(new if name == old else name, value) for name, value in body.items() if name != old or new not in body]
+    body.clear()
+    body.update(fields)
+    return True
+
+
+def wants_completion_limit(model: str) -> bool:
+    """Whether Chat calls the output limit `max_completion_tokens`: GPT from 5 on and the o-series."""
+    name = model.lower()
+    return name.startswith("gpt") and model_version(name, "gpt") >= (5, 0) or re.match(r"o\d", name) is not None
+
+
+def name_output_limit(body: Json, plan: Plan) -> bool:
+    """GPT-5 refuses `max_tokens`; the others know no other name."""
+    names = ("max_tokens", "max_completion_tokens")
+    return renamed_field(body, *(names if wants_completion_limit(plan.model) else names[::-1]))
+
+
+LEAST_OUTPUT = 16  # tokens; Responses refuses less
+
+
+def raise_output_limit(body: Json, plan: Plan) -> bool:
+    """A probe for one token still gets its answer."""
+    limit = body.get("max_output_tokens")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit >= LEAST_OUTPUT:
+        return False
+    body["max_output_tokens"] = LEAST_OUTPUT
+    return True
+
+
+def drop_body_betas(body: Json, plan: Plan) -> bool:
+    """Betas are a header; as fields they are refused."""
+    return any([body.pop(name, plan) is not plan for name in ("betas", "anthropic_beta")])
+
+
+def name_tool_choice(body: Json, plan: Plan) -> bool:
+    """Gemini knows `auto`, `required` and `none` only: a tool that is named becomes the one that may be called."""
+    choice = body.get("tool_choice")
+    if not isinstance(choice, dict):
+        return False
+    name = wire_object(choice, "function").get("name")
+    named = [tool for tool in wire_objects(body, "tools") if name and wire_object(tool, "function").get("name") == name]
+    body.update({"tool_choice": "required"}, **({"tools": named} if named else {}))
+    return True
+
+
+# ---- histories --------------------------------------------------------------
+# What a conversation may have been through: a client that died in mid-call, a compaction that cut a pair, a turn
+# that was stopped. Each row mends what upstream would refuse at this and every later turn.
+
+
+def plan_turns(body: Json, plan: Plan) -> List[Json]:
+    """The turns of a body in the plan's upstream dialect."""
+    return wire_objects(body, "input" if plan.upstream_dialect == RESPONSES else "messages")
+
+
+def wire_blocks(turn: Json) -> List[Json]:
+    """The content blocks of a turn that are objects; none where the content is a text."""
+    return wire_objects(turn, "content")
+
+
+def wire_object(value: Any, name: str) -> Json:
+    """An object inside a wire object; an empty one where there is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def wire_objects(value: Json, name: str) -> List[Json]:
+    """The objects of a list inside a wire object."""
+    found = value.get(name)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def wire_text(content: Any) -> str:
+    """The text of a content in any dialect: a string, or parts with a `text`."""
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def is_blank(block: Any) -> bool:
+    """Whether a text block says nothing: Claude refuses it."""
+    return isinstance(block, dict) and block.get("type") == "text" and not str(block.get("text") or "").strip()
+
+
+def drop_blank_texts(body: Json, plan: Plan) -> bool:
+    """Takes out text blocks without a text, and turns that hold nothing else; a body of nothing else stays."""
+    turns = wire_objects(body, "messages")
+    dropped = [_drop_blanks(turn) for turn in turns]
+    kept = [turn for turn in turns if not _is_empty(turn, plan)]
+    if kept and len(kept) < len(turns):
+        body["messages"] = kept
+        dropped.append(True)
+    system = body.get("system")
+    if isinstance(system, str) and not system.strip() or isinstance(system, list) and any(map(is_blank, system)):
+        left = [block for block in system if not is_blank(block)] if isinstance(system, list) else []
+        body.update(system=left)
+        if not left:
+            del body["system"]
+        dropped.append(True)
+    return any(dropped)
+
+
+def _drop_blanks(turn: Json) -> bool:
+    blocks = wire_blocks(turn)
+    inner = [_drop_blanks(block) for block in blocks if block.get("type") == "tool_result"]
+    if not any(map(is_blank, blocks)):
+        return any(inner)
+    turn["content"] = [block for block in turn["content"] if not is_blank(block)]
+    return True
+
+
+def _is_empty(turn: Json, plan: Plan) -> bool:
+    """Whether a turn says and calls nothing. GPT takes empty texts: they stay."""
+    if turn.get("role") not in ("user", "assistant") or turn.get("tool_calls") or turn.get("function_call"):
+        return False
+    content = turn.get("content")
+    if content == [] or content is None and plan.upstream_dialect == CHAT:
+        return True
+    return isinstance(content, str) and not content.strip() and (plan.upstream_dialect == MESSAGES or is_claude(plan))
+
+
+def is_claude(plan: Plan) -> bool:
+    """Whether the model is one of Anthropic's."""
+    return "claude" in plan.model.lower()
+
+
+# A conversation as a row of entries (calls made, the call answered, the wire value), whatever the dialect: a user
+# message of Messages is cut into its results and the rest.
+Paired = Tuple[Sequence[str], Optional[str], Json]
+NO_RESULT = "No result of this call was recorded."
+LONE_RESULT = "[Result of a tool call that is no longer part of this conversation]\n"
+
+
+def chat_entries(turns: Sequence[Json]) -> Iterator[Paired]:
+    for turn in turns:
+        calls = wire_objects(turn, "tool_calls") if turn.get("role") == "assistant" else ()
+        answered = str(turn.get("tool_call_id")) if turn.get("role") == "tool" else None
+        yield [str(call.get("id")) for call in calls], answered, turn
+
+
+def response_entries(items: Sequence[Json]) -> Iterator[Paired]:
+    for item in items:
+        kind, call = str(item.get("type")), str(item.get("call_id") or "")
+        yield ([call] if call and kind.endswith("_call") else ()), (call if call and kind.endswith("_call_output") else None), item
+
+
+def message_entries(turns: Sequence[Json]) -> Iterator[Paired]:
+    """A user message with results is cut into them and what stands between."""
+    for turn in turns:
+        blocks = wire_blocks(turn)
+        if turn.get("role") == "assistant" or not any(block.get("type") == "tool_result" for block in blocks):
+            yield [str(block.get("id")) for block in blocks if block.get("type") == "tool_use"], None, turn
+            continue
+        rest: List[Json] = []
+        for block in blocks:
+            if block.get("type") != "tool_result":
+                rest.append(block)
+                continue
+            if rest:
+                yield (), None, {"role": "user", "content": rest}
+                rest = []
+            yield (), str(block.get("tool_use_id")), block
+        if rest:
+            yield (), None, {"role": "user", "content": rest}
+
+
+def joined_messages(values: Sequence[Json]) -> List[Json]:
+    """The wire messages again: results that stand together, and what the user says behind them, are one message."""
+    turns: List[Json] = []
+    open_turn: Optional[Json] = None  # a user message made here
+    for value in values:
+        is_result = value.get("type") == "tool_result"
+        if open_turn is not None and (is_result or value.get("role") == "user"):
+            content = value.get("content")
+            open_turn["content"] += [value] if is_result else content if isinstance(content, list) else [{"type": "text", "text": content}]
+            continue
+        open_turn = {"role": "user", "content": [value]} if is_result else None
+        turns.append(open_turn or value)
+    return turns
+
+
+class Pairing(NamedTuple):
+    """How a dialect pairs calls and results. `adjacent`: a result must follow its call at once."""
+
+    field: str
+    adjacent: bool
+    entries: Callable[[Sequence[Json]], Iterator[Paired]]
+    stub: Callable[[Json, str], Json]  # (who calls, call id) -> the result that is missing
+    told: Callable[[Json], Json]  # a result nobody asked for, as words of the user
+    joined: Callable[[Sequence[Json]], Sequence[Json]] = list
+
+
+PAIRINGS = {
+    CHAT: Pairing("messages", True, chat_entries,
+                  lambda turn, call: {"role": "tool", "tool_call_id": call, "content": NO_RESULT},
+                  lambda turn: {"role": "user", "content": LONE_RESULT + wire_text(turn.get("content"))}),
+    MESSAGES: Pairing("messages", True, message_entries,
+                      lambda turn, call: {"type": "tool_result", "tool_use_id": call, "content": NO_RESULT, "is_error": True},
+                      lambda block: {"role": "user", "content": [{"type": "text", "text": LONE_RESULT + wire_text(block.get("content"))}]},
+                      joined_messages),
+    RESPONSES: Pairing("input", False, response_entries,
+                       lambda item, call: {"type": item["type"] + "_output", "call_id": call, "output": NO_RESULT},
+                       lambda item: {"type": "message", "role": "user",
+                                     "content": [{"type": "input_text", "text": LONE_RESULT + wire_text(item.get("output"))}]}),
+}
+
+
+def is_paired(entries: Iterable[Paired], adjacent: bool) -> bool:
+    """Whether every call has one result behind it and every result its call."""
+    waiting: List[str] = []
+    for calls, answered, _ in entries:
+        if answered is not None:
+            if answered not in waiting:
+                return False
+            waiting.remove(answered)
+        elif calls or adjacent:
+            if waiting and (adjacent or any(call in waiting for call in calls)):
+                return False
+            waiting.extend(calls)
+    return not waiting
+
+
+def pair_calls(body: Json, plan: Plan) -> bool:
+    """Puts every result behind its call: a call without one gets a note, a result without a call is told as text, a
+    second result of one call goes (copilot-upstream 9.3)."""
+    way = PAIRINGS[plan.upstream_dialect]
+    entries = list(way.entries(wire_objects(body, way.field)))
+    if is_paired(entries, way.adjacent):
+        return False
+    results: Dict[str, List[int]] = {}
+    for at, (_, answered, _) in enumerate(entries):
+        if answered is not None:
+            results.setdefault(answered, []).append(at)
+    values: List[Json] = []
+    asked: Set[str] = set()
+    for at, (calls, answered, value) in enumerate(entries):
+        if answered is not None:
+            if at in results[answered] and answered not in asked:
+                values.append(way.told(value))
+            continue
+        values.append(value)
+        for call in dict.fromkeys(calls):
+            later = next((place for place in results.get(call, ()) if place > at), None)
+            values.append(entries[later][2] if later is not None else way.stub(value, call))
+            if later is not None:
+                results[call].remove(later)
+        asked.update(calls)
+    body[way.field] = way.joined(values)
+    return True
+
+
+def mend_arguments(body: Json, plan: Plan) -> bool:
+    """Arguments upstream cannot read become an object that holds them as they are."""
+    mended = False
+    for turn in plan_turns(body, plan):
+        for call in wire_objects(turn, "tool_calls"):
+            function = call.get("function")
+            if isinstance(function, dict) and load_object(str(function.get("arguments") or "")) is None:
+                function["arguments"] = raw_arguments(function.get("arguments"))
+                mended = True
+        for block in wire_blocks(turn):
+            if block.get("type") == "tool_use" and not isinstance(block.get("input"), dict):
+                block["input"] = load_object(raw_arguments(block.get("input")))
+                mended = True
+    return mended
+
+
+def raw_arguments(said: Any) -> str:
+    """The JSON object that stands for arguments which are none: `{}` for nothing at all."""
+    text = said if isinstance(said, str) else "" if said is None else dump_json(said).decode()
+    known = load_object(text)
+    return text if known is not None else dump_json({"_raw_arguments": text} if text.strip() else {}).decode()
+
+
+ODD_ID = re.compile(r"[^a-zA-Z0-9_-]")
+
+
+def spell_tool_ids(body: Json, plan: Plan) -> bool:
+    """Ids of calls made elsewhere, in the letters Messages allows; each keeps one spelling of its own."""
+    places = [(block, name) for turn in plan_turns(body, plan) for block in wire_blocks(turn)
+              for name in (TOOL_ID_FIELDS.get(str(block.get("type"))),) if name]
+    ids = {str(block.get(name)) for block, name in places}
+    odd = {given for given in ids if not given or ODD_ID.search(given)}
+    for block, name in places:
+        given = str(block.get(name))
+        if given in odd:
+            plain = ODD_ID.sub("_", given) or "tool"
+            twin = plain in ids or sum(ODD_ID.sub("_", other) == plain for other in odd) > 1
+            block[name] = f"{plain}_{state_digest(given)[:8]}" if twin else plain
+    return bool(odd)
+
+
+TOOL_ID_FIELDS = {"tool_use": "id", "tool_result": "tool_use_id"}
+CONTINUE = "Continue exactly where your last message ends. Do not repeat any of it."
+
+
+def answer_prefill(body: Json, plan: Plan) -> bool:
+    """A conversation that ends with the model's own words: Claude from 4.6 on must be asked to go on."""
+    turns = plan_turns(body, plan)
+    if not turns or turns[-1].get("role") != "assistant" or turns[-1].get("tool_calls"):
+        return False
+    if any(str(block.get("type")).endswith("tool_use") for block in wire_blocks(turns[-1])):
+        return False
+    body["messages"] = [*body["messages"], {"role": "user", "content": CONTINUE}]
+    return True
+
+
+def fold_late_systems(body: Json, plan: Plan) -> bool:
+    """System messages inside a conversation; the last may stay on Claude from 4.8 on (DESIGN 8)."""
+    return fold_systems(body, model_version(plan.model, "claude") >= (4, 8))
+
+
+def fold_systems(body: Json, last_stays: bool) -> bool:
+    """Leading system messages join `system`, later ones become reminders where they stand: hoisting would break the
+    cached prefix. An effort on one of them is the turn's."""
+    turns = wire_objects(body, "messages")
+    first = next((at for at, turn in enumerate(turns) if not is_system(turn)), len(turns))
+    late = [at for at, turn in enumerate(turns) if at >= first and is_system(turn)]
+    if late and last_stays and late[-1] == len(turns) - 1 and turns[-1].get("role") == "system":
+        del late[-1]
+    if not first and not late:
+        return False
+    for at in late:
+        effort = wire_object(turns[at], "output_config").get("effort")
+        if effort:
+            body["output_config"] = {**wire_object(body, "output_config"), "effort": effort}
+        turns[at] = {"role": "user", "content": [reminder(block) for block in wire_content(turns[at])]}
+    if first:
+        body["system"] = wire_content({"content": body.get("system") or []}) + [part for turn in turns[:first] for part in wire_content(turn)]
+    body["messages"] = turns[first:]
+    return True
+
+
+def is_system(turn: Any) -> bool:
+    """Whether a turn is an instruction of the client, not of its user."""
+    return isinstance(turn, dict) and turn.get("role") in ("system", "developer")
+
+
+def wire_content(turn: Json) -> List[Json]:
+    """The content of a turn as blocks."""
+    content = turn.get("content")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else wire_blocks(turn)
+
+
+def reminder(block: Json) -> Json:
+    """A block of a late system message as the user's words, marked as what it is."""
+    text = block.get("text")
+    if not isinstance(text, str) or not text.strip() or text.startswith("<system-reminder>"):
+        return block
+    return {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+
+
+def drop_item_ids(body: Json, plan: Plan) -> bool:
+    """Ids of items mean nothing to the next connection: nothing is stored, and what the client calls an item is not
+    what sealed it. Upstream finds its state without. Translated items keep the id their carrier holds."""
+    items = wire_objects(body, "input")
+    kept = [item for item in items if item.get("type") != "item_reference"]
+    odd = [item for item in kept if item.get("id") is not None
+           and not (plan.road == "translated" and item.get("type") in ("reasoning", "compaction"))]
+    for item in odd:
+        del item["id"]
+    if len(kept) < len(items):
+        body["input"] = kept
+    return bool(odd) or len(kept) < len(items)
+
+
+EMPTY_SIGNATURES = ("", "skip_thought_signature_validator")  # what clients and gateways put where they have none
+
+
+def drop_unsigned_thinking(body: Json, plan: Plan) -> bool:
+    """Thinking without a signature is refused, and a placeholder is none (user-pains P40, 3.1)."""
+    dropped = False
+    for turn in plan_turns(body, plan):
+        blocks = wire_blocks(turn)
+        if any(map(is_unsigned, blocks)):
+            turn["content"] = [block for block in turn["content"] if not is_unsigned(block)]
+            dropped = True
+    if dropped:
+        body["messages"] = [turn for turn in wire_objects(body, "messages") if turn.get("content") != []]
+    return dropped
+
+
+def is_unsigned(block: Any) -> bool:
+    """Whether a block is thinking that nobody can verify."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    state = block.get({"thinking": "signature", "redacted_thinking": "data"}[kind]) if kind in ("thinking", "redacted_thinking") else "signed"
+    return not isinstance(state, str) or state.strip() in EMPTY_SIGNATURES
+
+
+# ---- thinking ---------------------------------------------------------------
+
+
+def model_efforts(plan: Plan) -> Sequence[str]:
+    """The efforts a model lists."""
+    listed = model_capability(plan.record or {}, "supports", "reasoning_effort")
+    return [effort for effort in listed if isinstance(effort, str)] if isinstance(listed, list) else []
+
+
+# Where each dialect says how hard to think.
+EFFORT_PLACES = {CHAT: (None, "reasoning_effort"), RESPONSES: ("reasoning", "effort"), MESSAGES: ("output_config", "effort")}
+
+
+def clamp_effort(body: Json, plan: Plan) -> bool:
+    """An effort of the model's own list (a model without one takes none, an adaptive Claude any)."""
+    efforts = model_efforts(plan)
+    if plan.record is None or not efforts and model_capability(plan.record, "supports", "adaptive_thinking") is True:
+        return False
+    return set_effort(body, plan, efforts)
+
+
+def set_effort(body: Json, plan: Plan, efforts: Sequence[str]) -> bool:
+    """Makes the body's effort one of a list; an empty list takes it out."""
+    parent, name = EFFORT_PLACES[plan.upstream_dialect]
+    place = body.get(parent) if parent else body
+    asked = place.get(name) if isinstance(place, dict) else None
+    if not isinstance(asked, str) or asked in efforts:
+        return False
+    if efforts:
+        place[name] = clamped_effort(asked, efforts)
+        return True
+    del place[name]
+    if parent and not place:
+        del body[parent]
+    return True
+
+
+def fit_thinking(body: Json, plan: Plan) -> bool:
+    """Thinking in the one form the model knows, a budget within its bounds, and its text asked for: a model that thinks
+    in silence trips idle limits (copilot-upstream 7.1)."""
+    asked, record = body.get("thinking"), plan.record
+    if not isinstance(asked, dict) or asked.get("type") not in ("enabled", "adaptive") or record is None:
+        return False
+    before = dump_json([asked, body.get("output_config")])
+    most = model_capability(record, "supports", "max_thinking_budget")
+    if model_capability(record, "supports", "adaptive_thinking") is True:
+        if asked["type"] == "enabled" and not most:
+            think_adaptively(body, plan)
+    elif not most:
+        del body["thinking"]
+        return True
+    elif asked["type"] == "adaptive":
+        think_by_budget(body, plan)
+    fit_budget(body, record)
+    thinking = body["thinking"]
+    if thinking.get("display") not in ("summarized", "omitted") and ("display" in thinking or model_version(plan.model, "claude") >= (4, 7)):
+        thinking["display"] = "summarized"
+    return dump_json([body["thinking"], body.get("output_config")]) != before
+
+
+def think_adaptively(body: Json, plan: Plan) -> bool:
+    """The form of newer models: the budget becomes an effort where the client named none."""
+    asked = body.get("thinking")
+    if not isinstance(asked, dict) or asked.get("type") != "enabled":
+        return False
+    budget, config = asked.get("budget_tokens"), wire_object(body, "output_config")
+    if "effort" not in config and isinstance(budget, int):
+        efforts = model_efforts(plan) or EFFORTS
+        body["output_config"] = {**config, "effort": clamped_effort(effort_of_budget(budget), efforts)}
+    body["thinking"] = {"type": "adaptive", **{name: value for name, value in asked.items() if name == "display"}}
+    return True
+
+
+def think_by_budget(body: Json, plan: Plan) -> bool:
+    """The form of older models: the effort becomes a budget."""
+    asked = body.get("thinking")
+    if not isinstance(asked, dict) or asked.get("type") != "adaptive":
+        return False
+    effort = wire_object(body, "output_config").get("effort")
+    body["thinking"] = {"type": "enabled", "budget_tokens": budget_of_effort(effort if isinstance(effort, str) else "medium"),
+                        **{name: value for name, value in asked.items() if name == "display"}}
+    return True
+
+
+def fit_budget(body: Json, record: Json) -> None:
+    """A budget between the model's least and most, and below `max_tokens`; where no room is left, no thinking."""
+    thinking, tokens = body["thinking"], body.get("max_tokens")
+    budget = thinking.get("budget_tokens")
+    if thinking["type"] != "enabled" or not isinstance(budget, int):
+        return
+    least = model_capability(record, "supports", "min_thinking_budget") or LEAST_BUDGET
+    most = model_capability(record, "supports", "max_thinking_budget") or budget
+    room = tokens - 1 if isinstance(tokens, int) else budget
+    fitted_budget = max(least, min(budget, most, room))
+    body["thinking"] = {**thinking, "budget_tokens": fitted_budget} if fitted_budget <= room else {"type": "disabled"}
+
+
+LEAST_BUDGET = 1024  # tokens; Anthropic, "Extended thinking"
+
+
+def drop_sampling(body: Json, plan: Plan) -> bool:
+    """Thinking allows temperature 1 and a `top_p` from 0.95 only (Anthropic, "Extended thinking")."""
+    thinking = body.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("type") not in ("enabled", "adaptive"):
+        return False
+    fine = {"temperature": lambda value: value == 1, "top_p": lambda value: value >= 0.95, "top_k": lambda value: False}
+    odd = [name for name, test in fine.items() if isinstance(body.get(name), (int, float)) and not test(body[name])]
+    for name in odd:
+        del body[name]
+    return bool(odd)
+
+
+# ---- cache marks ------------------------------------------------------------
+
+CACHE_MARKS = 4  # breakpoints a request may have
+MARKABLE = frozenset(("text", "image", "document", "tool_use", "tool_result", "search_result"))
+
+
+def cache_places(body: Json) -> List[Json]:
+    """Tools, system blocks and message blocks that may carry a mark, in the order of the prompt."""
+    places = wire_objects(body, "tools") + wire_objects(body, "system")
+    return places + [block for turn in wire_objects(body, "messages") for block in wire_blocks(turn)]
+
+
+def expand_cache_mark(body: Json, plan: Plan) -> bool:
+    """A mark on the whole request, which Copilot does not know, is one on its last block."""
+    if "cache_control" not in body:
+        return False
+    mark = body.pop("cache_control")
+    turns = [turn for turn in wire_objects(body, "messages") if turn.get("content")]
+    if turns and isinstance(mark, dict):
+        turns[-1]["content"] = wire_content(turns[-1])
+        last = next((block for block in reversed(turns[-1]["content"]) if block.get("type") in MARKABLE), None)
+        if last is not None:
+            last.setdefault("cache_control", mark)
+    return True
+
+
+def move_cache_marks(body: Json, plan: Plan) -> bool:
+    """Marks where none may stand: inside a result they belong to the result, on thinking to nobody."""
+    moved = False
+    for block in cache_places(body):
+        inner = [part for part in wire_blocks(block) if "cache_control" in part] if block.get("type") == "tool_result" else []
+        for part in inner:
+            block.setdefault("cache_control", part.pop("cache_control"))
+        lost = str(block.get("type")).endswith("thinking") and block.pop("cache_control", None) is not None
+        moved = bool(inner) or lost or moved
+    return moved
+
+
+def drop_cache_scopes(body: Json, plan: Plan) -> bool:
+    """`scope` is refused; `ttl` on some hosts: it stays where the client asked for it with its beta."""
+    names = ("scope",) if EXTENDED_CACHE in plan.betas else ("scope", "ttl")
+    marks = [block["cache_control"] for block in cache_places(body) if isinstance(block.get("cache_control"), dict)]
+    return any([mark.pop(name, None) is not None for mark in marks for name in names])
+
+
+def limit_cache_marks(body: Json, plan: Plan) -> bool:
+    """At most four marks: those of the last tool, the last system block and the newest messages stay."""
+    places = [block for block in cache_places(body) if block.get("cache_control") is not None]
+    if len(places) <= CACHE_MARKS:
+        return False
+    tools, system = ([block for block in wire_objects(body, name) if block.get("cache_control") is not None] for name in ("tools", "system"))
+    wanted = tools[-1:] + system[-1:] + places[::-1]
+    kept = {id(block) for block in list({id(block): block for block in wanted}.values())[:CACHE_MARKS]}
+    for block in places:
+        if id(block) not in kept:
+            del block["cache_control"]
+    return True
+
+
+# ---- betas ------------------------------------------------------------------
+
+# Beta flags that every host behind Copilot accepts, and what they allow in a body (copilot-upstream 7.2). A field goes
+# with its beta; any other flag may be refused.
+DEFERRED_TOOLS = "advanced-tool-use-2025-11-20"
+EXTENDED_CACHE = "extended-cache-ttl-2025-04-11"
+INTERLEAVED = "interleaved-thinking-2025-05-14"
+CONTEXT_EDITING = "context-management-2025-06-27"
+BETAS = frozenset((INTERLEAVED, CONTEXT_EDITING, DEFERRED_TOOLS, EXTENDED_CACHE))
+
+
+def sift_betas(header: str) -> Tuple[List[str], List[str]]:
+    """(kept, dropped) of an `anthropic-beta` header: a comma list, an open set."""
+    asked = [name.strip() for name in header.split(",") if name.strip()]
+    return [name for name in asked if name in BETAS], [name for name in asked if name not in BETAS]
+
+
+def defers_tools(body: Json) -> bool:
+    """Whether a tool waits to be searched for."""
+    return any(tool.get("defer_loading") for tool in wire_objects(body, "tools"))
+
+
+def thinks_between_calls(body: Json) -> bool:
+    """Whether a budget is given beside tools: such models think between calls only when told to."""
+    return isinstance(body.get("thinking"), dict) and body["thinking"].get("type") == "enabled" and bool(body.get("tools"))
+
+
+def keeps_cache_longer(body: Json) -> bool:
+    """Whether a cache mark names its time."""
+    return any(isinstance(block.get("cache_control"), dict) and "ttl" in block["cache_control"] for block in cache_places(body))
+
+
+# beta -> (whether a body needs it, how a body does without)
+BETA_FIELDS: Dict[str, Tuple[Callable[[Json], bool], Callable[[Json], Any]]] = {
+    CONTEXT_EDITING: (lambda body: "context_management" in body, lambda body: body.pop("context_management", None)),
+    DEFERRED_TOOLS: (defers_tools, lambda body: [tool.pop("defer_loading", None) for tool in wire_objects(body, "tools")]),
+    EXTENDED_CACHE: (keeps_cache_longer, lambda body: [block["cache_control"].pop("ttl", None) for block in cache_places(body)
+                                                       if isinstance(block.get("cache_control"), dict)]),
+    INTERLEAVED: (thinks_between_calls, lambda body: None),
+}
+
+
+def needed_betas(body: Json) -> List[str]:
+    """The betas of the fields a body has."""
+    return [beta for beta, (needs, _) in BETA_FIELDS.items() if needs(body)]
+
+
+# ---- tools -------------------------------------------------------------------
 
 
 def drop_schema_keyword(body: Json, plan: Plan) -> bool:
@@ -6889,21 +7527,49 @@ QUIRKS: Tuple[Quirk, ...] = (
           request=force_store_false),
     Quirk("$schema",        "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 7.1, 5.1",
           request=drop_schema_keyword, needles=(b'"$schema"',)),
+    Quirk("output_limit",   "copilot", (CHAT,),                     "copilot-upstream 5.1",
+          request=name_output_limit, needles=(b'"max_tokens"', b'"max_completion_tokens"')),
+    Quirk("least_output",   "copilot", (RESPONSES,),                "copilot-upstream 6.1",
+          request=raise_output_limit, needles=(b'"max_output_tokens"',)),
+    Quirk("body_betas",     "copilot", (MESSAGES,),                 "copilot-upstream 7.2",
+          request=drop_body_betas, needles=(b'"betas"', b'"anthropic_beta"')),
+    Quirk("tool_choice",    "copilot", (CHAT,),                     "copilot-upstream 5.1",
+          request=name_tool_choice, needles=(b'"tool_choice"',), applies=lambda plan: "gemini" in plan.model.lower()),
+    # histories: what is folded or dropped comes before the pairing of calls, and that before what looks at the last turn
+    Quirk("late_system",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1; DESIGN 8",
+          request=fold_late_systems, needles=(b'"system"', b'"developer"')),
+    Quirk("unsigned",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1; user-pains P40",
+          request=drop_unsigned_thinking, needles=(b'thinking"',)),
+    Quirk("blank_text",     "copilot", (CHAT, MESSAGES),            "copilot-upstream 7.1",
+          request=drop_blank_texts),
+    Quirk("pairs",          "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 9.3; user-pains P22",
+          request=pair_calls, needles=(b'"tool_calls"', b'"tool"', b'"tool_use"', b'"tool_result"', b'_call"', b'_call_output"')),
+    Quirk("arguments",      "copilot", (CHAT, MESSAGES),            "copilot-upstream 5.1",
+          request=mend_arguments, needles=(b'"tool_calls"', b'"tool_use"')),
+    Quirk("tool_ids",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=spell_tool_ids, needles=(b'"tool_use"', b'"tool_result"')),
+    Quirk("prefill",        "copilot", (CHAT, MESSAGES),            "copilot-upstream 7.1; user-pains P48",
+          request=answer_prefill, applies=lambda plan: is_claude(plan) and model_version(plan.model, "claude") >= (4, 6)),
+    Quirk("item_ids",       "copilot", (RESPONSES,),                "copilot-upstream 6.4; user-pains P41",
+          request=drop_item_ids, needles=(b'"id"',)),
+    Quirk("effort",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 6.1, 7.1; DESIGN 8",
+          request=clamp_effort, needles=(b'"effort"', b'"reasoning_effort"')),
+    Quirk("thinking",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1; DESIGN 8",
+          request=fit_thinking, needles=(b'"thinking"',)),
+    Quirk("sampling",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=drop_sampling, needles=(b'"temperature"', b'"top_p"', b'"top_k"')),
+    Quirk("cache_request",  "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=expand_cache_mark, needles=(b'"cache_control"',)),
+    Quirk("cache_inside",   "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=move_cache_marks, needles=(b'"cache_control"',)),
+    Quirk("cache_scope",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1; user-pains P12",
+          request=drop_cache_scopes, needles=(b'"scope"', b'"ttl"')),
+    Quirk("cache_count",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=limit_cache_marks, needles=(b'"cache_control"',)),
     Quirk("include_usage",  "copilot", (CHAT,),                     "copilot-upstream 5.2",
           request=ask_for_usage, frame=swallow_usage_chunk, frame_needles=(b'"choices":[]', b'"choices": []'),
           applies=lambda plan: plan.stream),
 )
-
-# Beta flags that every host behind Copilot accepts; any other may be refused (copilot-upstream 7.2).
-DEFERRED_TOOLS = "advanced-tool-use-2025-11-20"  # what `defer_loading` needs
-BETAS = frozenset(("interleaved-thinking-2025-05-14", "context-management-2025-06-27",
-                   DEFERRED_TOOLS, "extended-cache-ttl-2025-04-11"))
-
-
-def sift_betas(header: str) -> Tuple[List[str], List[str]]:
-    """(kept, dropped) of an `anthropic-beta` header: a comma list, an open set."""
-    asked = [name.strip() for name in header.split(",") if name.strip()]
-    return [name for name in asked if name in BETAS], [name for name in asked if name not in BETAS]
 
 
 def quirks_for(plan: Plan) -> List[Quirk]:
@@ -6950,6 +7616,329 @@ class FramePatch:
             if edited is not chunk:
                 chunk, frame = edited, format_sse(parse_frame(frame)[0], edited)
         return frame
+
+
+# ---- mends ------------------------------------------------------------------
+# What only upstream can tell: a refusal names a field, a beta, a signature, a tool. The request is mended exactly there
+# and sent once more, and the lesson holds for the next requests of the same account and model.
+
+
+class Mend(NamedTuple):
+    """What a refusal teaches. `pattern` is searched in upstream's message, case aside; `learn(found, body, plan)` gives
+    a hashable lesson or None; `cure(body, lesson, plan)` edits in place and says whether it did."""
+
+    name: str
+    dialects: Tuple[str, ...]
+    source: str
+    pattern: str
+    learn: Callable[[Any, Json, Plan], Any]
+    cure: Callable[[Json, Any, Plan], bool]
+    provider: str = "copilot"
+
+
+Lesson = Tuple[str, Any]  # (name of a mend, what it learned)
+
+# Fields without which a request is none: a refusal that names one of them is about its value.
+ESSENTIAL = frozenset(("model", "messages", "input", "role", "content", "type", "text", "name", "tools", "system", "instructions"))
+
+
+def learn_path(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """The path of a refused field, places in lists left out: `tools.0.custom.foo` and `tools[3].foo` -> (tools, custom, foo)."""
+    path = next((text for text in found.groups() if text), "")
+    steps = tuple(step for step in re.findall(r"[^.\[\]]+", path) if not step.isdigit())
+    required = steps[-1:] == ("max_tokens",) and plan.upstream_dialect == MESSAGES
+    return steps if steps and steps[-1] not in ESSENTIAL and not required else None
+
+
+def drop_path(value: Any, steps: Sequence[str]) -> bool:
+    """Takes a field out wherever the path leads; a step that is no field names a variant (`custom`, `ephemeral`)."""
+    if isinstance(value, list):
+        return any([drop_path(item, steps) for item in value])
+    if not isinstance(value, dict) or not steps:
+        return False
+    if len(steps) == 1:
+        return value.pop(steps[0], steps) is not steps
+    return drop_path(value.get(steps[0]), steps[1:]) or drop_path(value, steps[1:])
+
+
+def drop_refused(body: Json, steps: Sequence[str], plan: Plan) -> bool:
+    """The body without a field that was refused, told to the client."""
+    if not drop_path(body, steps):
+        return False
+    plan.dropped.append(".".join(steps))
+    return True
+
+
+def learn_names(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """(old, new) names of a field."""
+    return found.group("old"), found.group("new")
+
+
+def learn_betas(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """The betas a refusal names; a host that names none refuses them all."""
+    named = [beta for beta in plan.betas if beta in found.string]
+    return tuple(named or plan.betas) or None
+
+
+def drop_betas(body: Json, betas: Sequence[str], plan: Plan) -> bool:
+    """The request without these betas and the fields that need them."""
+    refused = [beta for beta in plan.betas if beta in betas]
+    for beta in refused:
+        plan.betas.remove(beta)
+        BETA_FIELDS[beta][1](body) if beta in BETA_FIELDS else None
+        plan.dropped.append(beta)
+    return bool(refused)
+
+
+def learn_efforts(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """The efforts a refusal allows; None where the value it refuses is not the effort (verbosities have the same words)."""
+    parent, name = EFFORT_PLACES[plan.upstream_dialect]
+    asked = (wire_object(body, parent) if parent else body).get(name)
+    if found.group("refused") not in (None, asked):
+        return None
+    return tuple(dict.fromkeys(re.findall(r"\b(none|minimal|low|medium|high|xhigh|max)\b", found.group("allowed"), re.I))) or None
+
+
+STATE_FIELDS = {"thinking": "signature", "redacted_thinking": "data", "reasoning": "encrypted_content"}
+
+
+def held_state(holder: Any) -> Optional[str]:
+    """The opaque state of a thinking block, a reasoning item or a Chat message."""
+    state = holder.get(STATE_FIELDS.get(str(holder.get("type")), "reasoning_opaque")) if isinstance(holder, dict) else None
+    return state if isinstance(state, str) else None
+
+
+def learn_states(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """Digests of every state a body holds: a refusal names one and does not say what is wrong with the others."""
+    held = [held_state(holder) for turn in plan_turns(body, plan) for holder in (turn, *wire_blocks(turn))]
+    return tuple(sorted({state_digest(state) for state in held if state is not None})) or None
+
+
+def drop_states(body: Json, digests: Sequence[str], plan: Plan) -> bool:
+    """The conversation without the state that was refused; turns that held nothing else go."""
+    name = "input" if plan.upstream_dialect == RESPONSES else "messages"
+    kept, changed = [], False
+    for turn in body[name] if isinstance(body.get(name), list) else ():
+        refused = [block for block in wire_blocks(turn) if state_digest(held_state(block) or "") in digests] if isinstance(turn, dict) else []
+        if refused:
+            turn["content"] = [block for block in turn["content"] if not any(block is one for one in refused)]
+            changed = True
+        if state_digest(held_state(turn) or "") in digests:
+            changed = True
+            if turn.get("type") == "reasoning":
+                continue
+            turn.pop("reasoning_opaque")
+            turn.pop("reasoning_text", None)
+        if not refused or turn["content"]:
+            kept.append(turn)
+    if changed:
+        body[name] = kept
+    return changed
+
+
+def learn_item_state(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """Where an item still has its id, the id is wrong: `ids`; else the state itself is."""
+    if any(turn.get("id") is not None for turn in plan_turns(body, plan)):
+        return ("ids",)
+    return learn_states(found, body, plan)
+
+
+def drop_item_state(body: Json, lesson: Sequence[str], plan: Plan) -> bool:
+    """Items without their ids, or without the reasoning that was refused."""
+    if lesson != ("ids",):
+        return drop_states(body, lesson, plan)
+    return any([turn.pop("id", None) is not None for turn in plan_turns(body, plan)])
+
+
+def lose_state(body: Json, digests: Sequence[str], plan: Plan) -> bool:
+    """Gemini's calls told as text where their state was refused."""
+    return needs_state(plan.model) and any([drop_states(body, digests, plan), tell_bare_calls(body, plan)])
+
+
+def tell_bare_calls(body: Json, plan: Plan) -> bool:
+    """Calls of a Chat body without their state, and their results, as text: Gemini 3 answers 400 to a bare call."""
+    names: Dict[str, str] = {}
+    for turn in plan_turns(body, plan):
+        calls = wire_objects(turn, "tool_calls")
+        if turn.get("role") == "assistant" and calls and not turn.get("reasoning_opaque"):
+            functions = [wire_object(call, "function") for call in calls]
+            names.update({str(call.get("id")): str(function.get("name")) for call, function in zip(calls, functions)})
+            told = [f"[Called {function.get('name')} with {function.get('arguments') or '{}'}]" for function in functions]
+            turn["content"] = "\n".join([text for text in (wire_text(turn.get("content")),) if text] + told)
+            del turn["tool_calls"]
+        elif turn.get("role") == "tool" and str(turn.get("tool_call_id")) in names:
+            said = wire_text(turn.get("content"))
+            turn.update(role="user", content=f"[Result of {names[str(turn.pop('tool_call_id'))]}:]\n{said}")
+    return bool(names)
+
+
+def tool_name(tool: Json) -> str:
+    """The name of a wire tool in any dialect."""
+    return str((wire_object(tool, "function") or tool).get("name"))
+
+
+def tool_digest(tool: Json) -> str:
+    """Tells a tool from one of the same name that was corrected since."""
+    return state_digest(dump_json(tool).decode())
+
+
+def learn_tool(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, str]]:
+    """(name, digest) of the tool a refusal names, by its place or its name."""
+    tools = wire_objects(body, "tools")
+    place = next((int(text) for name, text in found.groupdict().items() if name.startswith("at") and text), None)
+    name = next((text for group, text in found.groupdict().items() if group.startswith("name") and text), None)
+    named = tools[place:place + 1] if place is not None else [tool for tool in tools if name and tool_name(tool) == name]
+    return (tool_name(named[0]), tool_digest(named[0])) if named else None
+
+
+def quarantine(body: Json, lesson: Tuple[str, str], plan: Plan) -> bool:
+    """The request without a tool that upstream cannot take; what forced it is let go."""
+    return drop_tools(body, plan, lambda tool: tool_name(tool) == lesson[0] and tool_digest(tool) == lesson[1])
+
+
+def drop_tools(body: Json, plan: Plan, bad: Callable[[Json], bool]) -> bool:
+    """Sets tools aside and tells the client; without any tool left there is nothing to choose."""
+    tools = wire_objects(body, "tools")
+    gone = [tool for tool in tools if bad(tool)]
+    if not gone:
+        return False
+    body["tools"] = [tool for tool in tools if not bad(tool)]
+    plan.dropped += [f"tool:{tool_name(tool) if tool_name(tool) != 'None' else tool.get('type')}" for tool in gone]
+    choice = body.get("tool_choice")
+    if not body["tools"]:
+        del body["tools"]
+    if not body.get("tools") or isinstance(choice, dict) and any(tool_name(tool) == tool_name(choice) for tool in gone):
+        body.pop("tool_choice", None)
+    return True
+
+
+def learn_kind(found: Any, body: Json, plan: Plan) -> Optional[str]:
+    """The type of a hosted tool that is refused."""
+    kind = next(text for text in found.groups() if text)
+    return kind if any(tool.get("type") == kind for tool in wire_objects(body, "tools")) else None
+
+
+def drop_kind(body: Json, kind: str, plan: Plan) -> bool:
+    """The request without the tools of one type."""
+    return drop_tools(body, plan, lambda tool: tool.get("type") == kind)
+
+
+def learn_cap(found: Any, body: Json, plan: Plan) -> Optional[int]:
+    """The most output tokens a refusal allows."""
+    return int(found.group("cap"))
+
+
+def cap_output(body: Json, cap: int, plan: Plan) -> bool:
+    """An output limit within what upstream allows, and a thinking budget below it."""
+    names = [name for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")
+             if isinstance(body.get(name), int) and body[name] > cap]
+    body.update(dict.fromkeys(names, cap))
+    if names and isinstance(body.get("thinking"), dict):
+        fit_budget(body, plan.record or {})
+    return bool(names)
+
+
+def learn_word(found: Any, body: Json, plan: Plan) -> str:
+    """The one word a refusal names; for cures that need none, all of it."""
+    return next((text for text in found.groups() if text), found.group())
+
+
+def tell_references(body: Json, name: str, plan: Plan) -> bool:
+    """References to a tool that upstream does not know, as text."""
+    changed = False
+    for turn in plan_turns(body, plan):
+        for holder in (turn, *wire_blocks(turn)):
+            for block in wire_blocks(holder):
+                if block.get("type") == "tool_reference" and block.get("tool_name") == name:
+                    block.clear()
+                    block.update(type="text", text=f"[tool {name}]")
+                    changed = True
+    return changed
+
+
+def learn_thinking(found: Any, body: Json, plan: Plan) -> Optional[str]:
+    """The other form of thinking than the one that was refused."""
+    asked = body.get("thinking")
+    return {"enabled": "adaptive", "adaptive": "enabled"}.get(asked.get("type")) if isinstance(asked, dict) else None
+
+
+def change_thinking(body: Json, form: str, plan: Plan) -> bool:
+    """Thinking in the form that is known."""
+    if form == "adaptive":
+        return think_adaptively(body, plan)
+    if not think_by_budget(body, plan):
+        return False
+    fit_budget(body, plan.record or {})
+    return True
+
+
+EVERY = (CHAT, RESPONSES, MESSAGES)
+FIELD = r"['\"`]?([\w$][\w$.\[\]-]*)['\"`]?"
+MENDS: Tuple[Mend, ...] = (
+    #    name            dialects               source
+    Mend("thinking",     (MESSAGES,),           "copilot-upstream 7.1",
+         r"thinking\.type\.enabled\W.*adaptive|adaptive thinking is not supported|thinking\.type\W.*(?:input should be 'enabled'|adaptive)",
+         learn_thinking, change_thinking),
+    Mend("signature",    (MESSAGES, CHAT),      "copilot-upstream 5.1, 7.1",
+         r"signature\W* in \W*thinking\W* block|in \W*redacted_thinking\W* block|bound to a different conversation|thought.?signature",
+         learn_states, drop_states),
+    Mend("item_state",   (RESPONSES,),          "copilot-upstream 6.4",
+         r"encrypted (?:function output )?content|item_id did not match|item with id .{1,600} not found|does not belong to this connection"
+         r"|expected an id that begins with|invalid_encrypted_content",
+         learn_item_state, drop_item_state),
+    Mend("lost_state",   (CHAT,),               "copilot-upstream 5.1",
+         r"^invalid request body$", lambda found, body, plan: learn_states(found, body, plan) or (), lose_state),
+    Mend("beta",         (MESSAGES,),           "copilot-upstream 7.2",
+         r"anthropic-beta|beta flag|beta header|context beta", learn_betas, drop_betas),
+    Mend("efforts",      EVERY,                 "user-pains P44",
+         r"(?:effort|unsupported value: '(?P<refused>\w+)').*?(?:supported values|should be|must be|one of|expected|valid|allowed|supports)(?P<allowed>.*)",
+         learn_efforts, lambda body, efforts, plan: set_effort(body, plan, efforts)),
+    Mend("renamed",      EVERY,                 "copilot-upstream 5.1",
+         r"'(?P<old>\w+)' is not supported.*use '(?P<new>\w+)' instead", learn_names,
+         lambda body, names, plan: renamed_field(body, *names)),
+    Mend("output_cap",   EVERY,                 "Anthropic and OpenAI wordings",
+         r"max_(?:completion_|output_)?tokens\W.*?(?:\d+ ?> ?|at most |less than or equal to )(?P<cap>\d{3,9})", learn_cap, cap_output),
+    Mend("prefill",      (CHAT, MESSAGES),      "copilot-upstream 7.1",
+         r"assistant message prefill|must end with a user message", learn_word, lambda body, _, plan: answer_prefill(body, plan)),
+    Mend("late_system",  (MESSAGES,),           "copilot-upstream 7.1",
+         r"role 'system' is not supported|unexpected role \W*system", learn_word, lambda body, _, plan: fold_systems(body, False)),
+    Mend("reference",    (MESSAGES,),           "copilot-upstream 7.1",
+         r"tool reference '([^']+)' not found", learn_word, tell_references),
+    Mend("hosted_tool",  EVERY,                 "copilot-upstream 6.1, 7.1",
+         r"requested tool (\w+) is not supported|unsupported tool type:? '?(\w+)|tool(?: type)? '?(\w+)'? is not supported", learn_kind, drop_kind),
+    Mend("field",        EVERY,                 "copilot-upstream 5.1, 6.1, 7.1; user-pains P43",
+         rf"{FIELD}: extra inputs are not permitted|(?:unsupported|unknown|unrecognized)(?: request)? (?:parameter|argument|field|property)(?: supplied)?:? {FIELD}"
+         rf"|^unsupported value: {FIELD} does not support|^{FIELD} is not supported|(?:parameter|field|property) {FIELD} is (?:not supported|unsupported|not allowed)"
+         r"|`temperature` and `(top_p)` cannot both|`(temperature|top_p|top_k)` (?:may only|must be|is deprecated)|json: unknown field \"([^\"]+)\"",
+         learn_path, drop_refused),
+    Mend("tool",         EVERY,                 "user-pains P50",
+         r"\btools?[.\[](?P<at>\d+)\b|function_declarations\[(?P<at_declared>\d+)\]|invalid schema for function '(?P<name>[^']+)'"
+         r"|(?:schema|parameters|tool|function)\W[^'\"`]{0,60}['\"`](?P<name_said>[\w.-]+)['\"`]",
+         learn_tool, quarantine),
+)
+
+
+def mend(body: Json, failure: Failure, plan: Plan) -> Optional[Lesson]:
+    """Mends a body where a refusal says so, in place; None when it names nothing known, and the body is as before."""
+    if failure.status not in (400, 413, 422) or failure.kind not in ("request", "model"):
+        return None
+    for row in MENDS:
+        if row.provider != plan.provider or plan.upstream_dialect not in row.dialects:
+            continue
+        found = re.search(row.pattern, failure.message, re.I | re.S)
+        lesson = row.learn(found, body, plan) if found else None
+        if lesson is not None and row.cure(body, lesson, plan):
+            plan.edits.append(f"mend:{row.name}")
+            return row.name, lesson
+    return None
+
+
+def heed(body: Json, lessons: Iterable[Lesson], plan: Plan) -> bool:
+    """Applies what earlier refusals taught; True when the body was changed."""
+    rows = {row.name: row for row in MENDS}
+    changed = [name for name, lesson in lessons if rows[name].cure(body, lesson, plan)]
+    plan.edits += [f"learned:{name}" for name in dict.fromkeys(changed)]
+    return bool(changed)
 
 
 ###############################################################################
@@ -7687,11 +8676,6 @@ def tier_of(name: str, family: str) -> int:
     words = plain_name(name)
     found = [place for place, tier in enumerate(tiers) if re.search(rf"(^|-){tier}(-|$)", words)]
     return max(found, default=tiers.index("sonnet") if family == "claude" else 0)
-
-
-def needs_state(model: str) -> bool:
-    """Whether a model refuses calls without the state it gave beside them: Gemini from 3 on (copilot-upstream 5.1)."""
-    return family_of(model) == "gemini" and model_version(plain_name(model), "gemini") >= (3, 0)
 
 
 def kindred(name: str, catalogue: Catalogue, small: str) -> Optional[str]:
@@ -8555,11 +9539,6 @@ def broken_config(path: str, text: str, exc: json.JSONDecodeError) -> str:
 # ---- memory -----------------------------------------------------------------
 
 
-def state_digest(state: str) -> str:
-    """A short name of a sealed state."""
-    return hashlib.sha256(state.encode("utf-8", "replace")).hexdigest()[:16]
-
-
 class Recollection:
     """What clients that keep only text and tool-call ids cannot carry: call id -> the thinking that led to it, sealed.
 
@@ -8629,6 +9608,35 @@ class Recollection:
             if known:
                 self._kept[call_id] = known  # used last now
         return known
+
+
+class Lessons:
+    """What upstream's refusals taught, per (origin, dialect), in the order they were learned; forgotten after six hours."""
+
+    LIFE_S, KEYS, EACH = 6 * 3600.0, 512, 64
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._learned: Dict[Tuple[str, str], Dict[Lesson, float]] = {}  # lesson -> when it ends; guarded by _lock
+
+    def learn(self, origin: str, dialect: str, lesson: Lesson) -> bool:
+        """Remembers a lesson; False when it was known."""
+        now = self._clock()
+        with self._lock:
+            known = self._learned.pop((origin, dialect), {})
+            new = known.pop(lesson, 0.0) <= now
+            known[lesson] = now + self.LIFE_S
+            self._learned[origin, dialect] = dict(list(known.items())[-self.EACH:])
+            while len(self._learned) > self.KEYS:
+                del self._learned[next(iter(self._learned))]
+        return new
+
+    def of(self, origin: str, dialect: str) -> List[Lesson]:
+        """The lessons that hold now."""
+        now = self._clock()
+        with self._lock:
+            return [lesson for lesson, ends in self._learned.get((origin, dialect), {}).items() if ends > now]
 
 
 # ---- logs -------------------------------------------------------------------
@@ -12212,6 +13220,14 @@ def good_object(answer: Answer, body: bytes) -> Json:
     return value
 
 
+@dataclass
+class Outgoing:
+    """A request as it is sent: the wire body, and its bytes."""
+
+    body: Json
+    raw: bytes
+
+
 def says_something(message: Message) -> bool:
     """Whether a turn of the conversation holds more than blanks."""
     return message.role != "system" and any(not isinstance(block, Text) or block.text.strip() for block in message.content)
@@ -12221,17 +13237,19 @@ class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, machine_id: str, watch: Watch,
-                 estimator: TokenEstimator, approve: Optional[Callable[[str], bool]] = None) -> None:
+                 estimator: TokenEstimator, log: Log, approve: Optional[Callable[[str], bool]] = None) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
         self._estimator = estimator
+        self._log = log
         self._machine_id = machine_id
         self._watch = watch
         self._approve = approve
         self._approve_lock = threading.Lock()  # one question at a time on the terminal
         self._gate = RateGate()
         self._recollection = Recollection()
+        self._lessons = Lessons()
 
     def generate(self, dialect: str, inbound: Inbound, line: ClientLine, exchange: Exchange, said: Optional[Json] = None) -> None:
         """Serves one generation request of a dialect; `said`: what the path says instead of the body (Gemini).
@@ -12261,7 +13279,7 @@ class Gateway:
             line.may_open_early(answer_head(200, road.stream_headers({})), codec.keep_alive)
         try:
             self._permit(plan, line.stopper)
-            self._repeated(partial(self._send_and_relay, plan, wire, road, inbound, line, exchange), line, exchange)
+            self._repeated(partial(self._mended, plan, wire, road, inbound, line, exchange), line, exchange)
         except ProxyError as error:
             if not line.settle():
                 raise
@@ -12269,8 +13287,8 @@ class Gateway:
             self._watch.remove(line)
             line.finish(road.ending(exchange.failure))
 
-    def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> bytes:
-        """The bytes to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
+    def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> Outgoing:
+        """What to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
         request = self._recollection.owned(self._recollection.restored(request), plan.origin)
         request = opened_request(request, plan.origin, plan.upstream_dialect)
         if needs_state(plan.model):
@@ -12285,11 +13303,17 @@ class Gateway:
             request = replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
         lacking = lacking_powers(plan.record, plan.upstream_dialect)
         flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect, lacking)
-        if plan.upstream_dialect == MESSAGES and any(tool.deferred for tool in flat.tools):
-            plan.betas = [DEFERRED_TOOLS]
         body = CODECS[plan.upstream_dialect].encode_request(flat)
         raw = dump_json(body)
-        return dump_json(body) if edit_request(body, raw, plan, quirks) else raw
+        changed = edit_request(body, raw, plan, quirks)
+        changed = self._allowed(plan, body) or changed
+        return Outgoing(body, dump_json(body) if changed else raw)
+
+    def _allowed(self, plan: Plan, body: Json) -> bool:
+        """Adds the betas of the body's fields; then what earlier refusals taught. True when the body was changed."""
+        if plan.upstream_dialect == MESSAGES:
+            plan.betas += [beta for beta in needed_betas(body) if beta not in plan.betas]
+        return heed(body, self._lessons.of(plan.origin, plan.upstream_dialect), plan)
 
     def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
         """What ends the text here because Responses cannot be told to."""
@@ -12297,10 +13321,25 @@ class Gateway:
             return None
         return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)))
 
-    def _send_and_relay(self, plan: Plan, wire: bytes, road: Road, inbound: Inbound, line: ClientLine,
+    def _mended(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
+        """Sends and relays; once more where a refusal says what to mend. Raises UpstreamError like `_send_and_relay`."""
+        try:
+            return self._send_and_relay(plan, wire, road, inbound, line, exchange)
+        except UpstreamError as error:
+            told = len(plan.dropped)
+            lesson = mend(wire.body, error.failure, plan)
+            if lesson is None:
+                raise
+        wire.raw = dump_json(wire.body)
+        if self._lessons.learn(plan.origin, plan.upstream_dialect, lesson):
+            gone = ", ".join(plan.dropped[told:])
+            self._log.info(f"upstream refused a request for {plan.model}; mended and repeated: {lesson[0]}{': without ' + gone if gone else ''}")
+        self._send_and_relay(plan, wire, road, inbound, line, exchange)
+
+    def _send_and_relay(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine,
                         exchange: Exchange) -> None:
         """Sends and relays once; raises UpstreamError while nothing of upstream's has been relayed."""
-        answer = self._sender.send(plan, wire, inbound, line.stopper, exchange)
+        answer = self._sender.send(plan, wire.raw, inbound, line.stopper, exchange)
         try:
             if not plan.stream:
                 road.whole(answer)
@@ -12335,22 +13374,22 @@ class Gateway:
             if not allowed:
                 raise ClientError("Request rejected by the operator", status=403, code="request_rejected")
 
-    def _shape(self, plan: Plan, body: Json, inbound: Inbound, quirks: Sequence[Quirk]) -> bytes:
-        """The bytes to send: the client's own where no row of EDITS applied."""
+    def _shape(self, plan: Plan, body: Json, inbound: Inbound, quirks: Sequence[Quirk]) -> Outgoing:
+        """What to send: the client's own bytes where no row of EDITS applied."""
         if plan.upstream_dialect == MESSAGES:
             plan.betas, plan.dropped = sift_betas(inbound.headers.get("anthropic-beta", ""))
         changed = edit_request(body, inbound.body, plan, quirks)
-        if any(needle in inbound.body for needle in FOREIGN_NEEDLES) and drop_foreign(body, plan.dialect):
+        if any(needle in inbound.body for needle in FOREIGN_NEEDLES) and open_carriers(body, plan.dialect, plan.origin):
             changed = True
             plan.edits.append("carriers")
-        if plan.dialect == CHAT and needs_state(plan.model) and self._give_back(body, plan.origin):
+        if plan.dialect == CHAT and needs_state(plan.model) and any([self._give_back(body, plan.origin), tell_bare_calls(body, plan)]):
             changed = True
             plan.edits.append("state")
         if body.get("model") != plan.model:
             body["model"], changed = plan.model, True
             plan.edits.append("model")
-        return dump_json(body, ascii_only=inbound.body.isascii()) if changed else inbound.body
-
+        changed = self._allowed(plan, body) or changed
+        return Outgoing(body, dump_json(body, ascii_only=inbound.body.isascii()) if changed else inbound.body)
 
     def _give_back(self, body: Json, origin: str) -> bool:
         """Puts remembered state beside the calls of a Chat body that came without; True when there was any."""
@@ -13704,7 +14743,7 @@ def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0,
     return App(
         settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
         provider=provider, models=models,
-        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, ask_operator),
+        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, setup.log, ask_operator),
         embeddings=Embeddings(planner, sender, watch),
         counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, estimator),
         ledger=Ledger(settings()["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
