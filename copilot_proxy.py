@@ -7714,16 +7714,22 @@ def learn_states(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]
     return tuple(sorted({state_digest(state) for state in held if state is not None})) or None
 
 
+def is_refused(holder: Any, digests: Sequence[str]) -> bool:
+    """Whether a state was refused."""
+    state = held_state(holder)
+    return state is not None and state_digest(state) in digests
+
+
 def drop_states(body: Json, digests: Sequence[str], plan: Plan) -> bool:
     """The conversation without the state that was refused; turns that held nothing else go."""
     name = "input" if plan.upstream_dialect == RESPONSES else "messages"
     kept, changed = [], False
     for turn in body[name] if isinstance(body.get(name), list) else ():
-        refused = [block for block in wire_blocks(turn) if state_digest(held_state(block) or "") in digests] if isinstance(turn, dict) else []
+        refused = [block for block in wire_blocks(turn) if is_refused(block, digests)] if isinstance(turn, dict) else []
         if refused:
-            turn["content"] = [block for block in turn["content"] if not any(block is one for one in refused)]
+            turn["content"] = [block for block in turn["content"] if not is_refused(block, digests)]
             changed = True
-        if state_digest(held_state(turn) or "") in digests:
+        if is_refused(turn, digests):
             changed = True
             if turn.get("type") == "reasoning":
                 continue
@@ -7912,7 +7918,7 @@ MENDS: Tuple[Mend, ...] = (
          r"|`temperature` and `(top_p)` cannot both|`(temperature|top_p|top_k)` (?:may only|must be|is deprecated)|json: unknown field \"([^\"]+)\"",
          learn_path, drop_refused),
     Mend("tool",         EVERY,                 "user-pains P50",
-         r"\btools?[.\[](?P<at>\d+)\b|function_declarations\[(?P<at_declared>\d+)\]|invalid schema for function '(?P<name>[^']+)'"
+         r"\btools?[.\[](?P<at>\d+)\b(?!\]?\.function_declarations)|function_declarations\[(?P<at_declared>\d+)\]|invalid schema for function '(?P<name>[^']+)'"
          r"|(?:schema|parameters|tool|function)\W[^'\"`]{0,60}['\"`](?P<name_said>[\w.-]+)['\"`]",
          learn_tool, quarantine),
 )

@@ -282,6 +282,11 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("responses_summary_streamed",  True,       "reasoning summaries come as deltas (False: only in done)",             5),
     ("responses_failed_null",       False,      "ends in response.failed with error:null, then an error event",         5),
     ("content_filter",              False,      "every answer ends by content filter (incomplete, with content_filters)", 5),
+    ("fields_refused",              (),         "paths of fields nobody knows: 400 in the wording of the dialect",      7),
+    ("betas_refused",               (),         "anthropic-beta values this host does not take: 400",                   7),
+    ("efforts_listed",              None,       "the only efforts that pass: 400 with the list",                        7),
+    ("tools_refused",               (),         "names of tools whose schema is not taken: 400 that names one",         4),
+    ("output_capped",               (),         "(the) most output tokens a request may ask for: 400",                        7),
     ("silence_s",                   0,          "silence after the first frame of every stream (70 in the checklist)",  5),
     ("responses_compacts",          False,      "context_management yields a compaction item first",                    5),
     ("compaction_trigger",          True,       "compaction_trigger is answered with a compaction item",                5),
@@ -1411,7 +1416,54 @@ def bad_signature(ask: Ask) -> Verdict:
     for place, block in placed_blocks(ask):
         if block.get("type") == "thinking" and ask.upstream.minted.get(block.get("signature")) != block.get("thinking"):
             return f"{place}: Invalid `signature` in `thinking` block"
+        if block.get("type") == "redacted_thinking" and block.get("data") not in ask.upstream.minted:
+            return f"{place}: Invalid `data` in `redacted_thinking` block"
     return ""
+
+
+def refused_field(ask: Ask) -> Verdict:
+    """What the host does not know today, in the words of Anthropic and OpenAI."""
+    for path in ask.on("fields_refused"):
+        place: Any = ask.body
+        for step in path.split("."):
+            place = place.get(step) if isinstance(place, dict) else None
+        if place is not None:
+            return f"{path}: Extra inputs are not permitted" if ask.path == MESSAGES_PATH else f"Unknown parameter: '{path}'."
+    return ""
+
+
+def refused_beta(ask: Ask) -> Verdict:
+    sent = [value for value in ask.on("betas_refused") if value in ask.headers.get("anthropic-beta", "")]
+    if sent and ask.on("claude_host") == "bdrk":
+        return "invalid beta flag"
+    return sent and f"Unexpected value(s) `{sent[0]}` for the `anthropic-beta` header. Please consult our documentation at docs.anthropic.com or try again without the header."
+
+
+def unlisted_effort(ask: Ask) -> Verdict:
+    listed, body = ask.on("efforts_listed"), ask.body
+    effort = body.get("reasoning_effort") or (body.get("reasoning") or body.get("output_config") or {}).get("effort")
+    if not listed or not effort or effort in listed:
+        return ""
+    words = [f"'{word}'" for word in listed]
+    if ask.path == MESSAGES_PATH:
+        return f"output_config.effort: Input should be {', '.join(words[:-1])} or {words[-1]}"
+    return f"Unsupported value: '{effort}' is not supported with the '{ask.model}' model. Supported values are: {', '.join(words[:-1])}, and {words[-1]}."
+
+
+def refused_tool(ask: Ask) -> Verdict:
+    names = [str((tool.get("function") or tool).get("name")) for tool in tools_of(ask)]
+    bad = next((name for name in names if name in ask.on("tools_refused")), None)
+    if bad is None:
+        return ""
+    if ask.path == MESSAGES_PATH:
+        return f"tools.{names.index(bad)}.custom.input_schema: JSON schema is invalid. It must match JSON Schema draft 2020-12"
+    return f"Invalid schema for function '{bad}': None is not of type 'array'."
+
+
+def output_over_cap(ask: Ask) -> Verdict:
+    cap = max(ask.on("output_capped"), default=0)
+    asked_for = max([ask.body.get(name) or 0 for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")])
+    return bool(cap) and asked_for > cap and f"max_tokens: {asked_for} > {cap}, which is the maximum allowed number of output tokens for {ask.model}"
 
 
 def cache_member(name: str) -> Callable[[Ask], Verdict]:
@@ -1495,6 +1547,11 @@ CHECKS = list(itertools.starmap(Check, [
     ("store_refused",               (RESPONSES_PATH,), lambda ask: bool(ask.body.get("store")),            400, "capi", "unsupported_value", "store is not supported"),
     ("messages_betas_checked",      (MESSAGES_PATH, COUNT_PATH), unknown_betas,                                 400, "vendor", None, "{}"),
     ("schema_key_refused",          (MESSAGES_PATH, COUNT_PATH), schema_keys,                                   400, "vendor", None, "{}"),
+    ("fields_refused",              GENERATE,     refused_field,                                      400, "vendor", BAD, "{}"),
+    ("betas_refused",               (MESSAGES_PATH,), refused_beta,                                   400, "vendor", None, "{}"),
+    ("efforts_listed",              GENERATE,     unlisted_effort,                                    400, "vendor", "unsupported_value", "{}"),
+    ("tools_refused",               GENERATE,     refused_tool,                                       400, "vendor", BAD, "{}"),
+    ("output_capped",               GENERATE,     output_over_cap,                                    400, "vendor", BAD, "{}"),
     ("embeddings_array",            (EMBEDDINGS_PATH,), inputs_misshaped,                                  400, "text", None,  "Bad Request"),
     ("embeddings_max_inputs",       (EMBEDDINGS_PATH,), lambda ask: len(ask.body["input"]) > MAX_INPUTS,   400, "capi", BAD,   "too many inputs"),
     ("embeddings_base64_refused",   (EMBEDDINGS_PATH,), lambda ask: ask.body.get("encoding_format") == "base64", 400, "capi", BAD, "invalid request body"),
@@ -2069,7 +2126,7 @@ class ScriptedUpstream:
 
     def lenient(self) -> None:
         """Turns every check off."""
-        self.switch(**{check.switch: False for check in CHECKS})
+        self.switch(**{check.switch: type(SWITCHES[check.switch].default)() if SWITCHES[check.switch].default is not None else None for check in CHECKS})
 
     def plug_script_model(self, path: str) -> None:
         self.model = script_model(path)
@@ -2110,7 +2167,7 @@ class ScriptedUpstream:
         """Whether a switch still strikes; a number strikes that often."""
         with self.changed:
             value = self.switches[switch]
-            if value is True:
+            if value is True or not isinstance(value, int):
                 return True
             self.switches[switch] = max(0, value - 1)
             return value > 0
@@ -2550,6 +2607,14 @@ REFUSALS = [
     ("store_refused", RESPONSES_PATH, {"store": True}, {}, 400, "store is not supported"),
     ("messages_betas_checked", MESSAGES_PATH, {}, {"anthropic-beta": "interleaved-thinking-2025-05-14, x"}, 400, "Unexpected value(s) `x` for the `anthropic-beta` header"),
     ("schema_key_refused", MESSAGES_PATH, {"tools": [{"name": "f", "input_schema": {"$schema": "x", "type": "object"}}]}, {}, 400, "$schema: Extra inputs"),
+    ("fields_refused", CHAT_PATH, {"foo": {"bar": 1}}, {}, 400, "Unknown parameter: 'foo.bar'."),
+    ("fields_refused", MESSAGES_PATH, {"foo": {"bar": 1}}, {}, 400, "foo.bar: Extra inputs are not permitted"),
+    ("betas_refused", MESSAGES_PATH, {}, {"anthropic-beta": "interleaved-thinking-2025-05-14"}, 400, "Unexpected value(s) `interleaved-thinking-2025-05-14`"),
+    ("efforts_listed", RESPONSES_PATH, {"reasoning": {"effort": "max"}}, {}, 400, "Supported values are: 'low', and 'medium'."),
+    ("efforts_listed", MESSAGES_PATH, {"output_config": {"effort": "max"}}, {}, 400, "Input should be 'low' or 'medium'"),
+    ("tools_refused", CHAT_PATH, {"tools": [{"type": "function", "function": {"name": "bad"}}]}, {}, 400, "Invalid schema for function 'bad'"),
+    ("tools_refused", MESSAGES_PATH, {"tools": [{"name": "g"}, {"name": "bad"}]}, {}, 400, "tools.1.custom.input_schema"),
+    ("output_capped", MESSAGES_PATH, {"max_tokens": 101}, {}, 400, "max_tokens: 101 > 100"),
     ("embeddings_array", EMBEDDINGS_PATH, {"input": "a"}, {}, 400, "Bad Request"),
     ("embeddings_array", EMBEDDINGS_PATH, {"input": [[1, 2]]}, {}, 400, "Bad Request"),
     ("embeddings_max_inputs", EMBEDDINGS_PATH, {"input": ["a"] * 513, "dimensions": 2}, {}, 400, "too many inputs"),
@@ -2584,6 +2649,10 @@ REFUSALS = [
     ("signatures_checked", MESSAGES_PATH, turns("a", [{"type": "thinking", "thinking": "t", "signature": "foreign"}], "b"), {}, 400, "messages.1.content.0: Invalid `signature` in `thinking` block"),
 ]
 
+# What the upstream of a test invents; off by default.
+INVENTED = {"fields_refused": ("foo.bar",), "betas_refused": ("interleaved-thinking-2025-05-14",), "efforts_listed": ("low", "medium"),
+            "tools_refused": ("bad",), "output_capped": (100,)}
+
 CALL = ModelAction(thinking="let me see", text="I will look.", calls=[ModelCall("f", {"a": "ä"})], stop="tool")
 LOOK = ModelAction(thinking="let me see", text="Grüße, all is well.")
 
@@ -2593,7 +2662,7 @@ class FakeChecks(FakeCase):
         for switch, path, changes, headers, status, piece in REFUSALS:
             with self.subTest(switch=switch, piece=piece):
                 body = changes if isinstance(changes, str) else {**FAKE_BODIES[path], **changes}
-                upstream = self.upstream(**{switch: True})
+                upstream = self.upstream(**{switch: INVENTED.get(switch, True)})
                 refused = self.post(upstream, path, body, **headers)
                 self.assertEqual(status, refused.status, refused.text)
                 self.assertIn(piece, refused.text)
@@ -2614,7 +2683,7 @@ class FakeChecks(FakeCase):
     def test_later_repairs_are_off_and_the_rest_of_the_checks_on(self):
         self.assertFalse(any(SWITCHES[name].default for name in REPAIRS_LATER))
         off = {check.switch for check in CHECKS if not SWITCHES[check.switch].default} - set(REPAIRS_LATER)
-        self.assertEqual({"misdirected", "quota_exhausted", "count_tokens_limited"}, off)
+        self.assertEqual({"misdirected", "quota_exhausted", "count_tokens_limited", *INVENTED}, off)
 
     def test_vision_header_passes_with_an_image_and_floods_later(self):
         upstream = self.upstream(vision_flood_after=2)
@@ -8066,8 +8135,8 @@ def sealed_item(**more: Any) -> Json:
     return {"type": "reasoning", "summary": [], "encrypted_content": "gAAA", **more}
 
 
-def call_item(id: str, kind: str = "function_call", **more: Any) -> Json:
-    return {"type": kind, "call_id": id, "name": "f", **({"arguments": "{}"} if kind == "function_call" else {"input": "x"}), **more}
+def call_item(call: str, kind: str = "function_call", **more: Any) -> Json:
+    return {"type": kind, "call_id": call, "name": "f", **({"arguments": "{}"} if kind == "function_call" else {"input": "x"}), **more}
 
 
 def output_item(id: str, kind: str = "function_call_output", output: str = "r") -> Json:
@@ -15898,6 +15967,312 @@ class TranslatedRequests(RelayCase):
     def test_whole_answers_say_when_they_were_made(self):
         for dialect, model, name in ((cp.CHAT, "gpt-5.4", "created"), (cp.RESPONSES, "gpt-4o", "created_at")):
             self.assertGreater(self.post(*asking(dialect, model=model)).json[name], 1_000_000_000)
+
+
+GENERATION = (CHAT_PATH, RESPONSES_PATH, MESSAGES_PATH)
+FOREIGN = base64.b64encode(b"signed by somebody else" * 4).decode()
+GEM3 = "gemini-3.1-pro-preview"
+
+
+def gemini_body(*contents: Json, **more: Any) -> Json:
+    return {"contents": list(contents), **more}
+
+
+def user_parts(*parts: Any) -> Json:
+    return {"role": "user", "parts": [{"text": part} if isinstance(part, str) else part for part in parts]}
+
+
+def model_parts(*parts: Any) -> Json:
+    return {"role": "model", "parts": [{"text": part} if isinstance(part, str) else part for part in parts]}
+
+
+def called_part(id: str = "a", **more: Any) -> Json:
+    return {"functionCall": {"id": id, "name": "f", "args": {}}, **more}
+
+
+def result_part(id: str = "a") -> Json:
+    return {"functionResponse": {"id": id, "name": "f", "response": {"output": "r"}}}
+
+
+def signed(state: Any, field: str = "signature") -> Json:
+    return {"type": "thinking", "thinking": "t", field: state}
+
+
+NO_STATE = "n/a: this dialect has no field for it"
+# user-pains 4, item 1: poison -> client dialect -> (model, body), or why there is none. Pictures: class Pictures.
+POISONS: Dict[str, Dict[str, Any]] = {
+    "foreign signature": {
+        cp.MESSAGES: (OPUS, turned("hi", [signed(FOREIGN), txt("a")], "b")),
+        cp.CHAT: (GEM3, turned("hi", chat_call("a", reasoning_opaque=FOREIGN, reasoning_text="t"), chat_result("a"))),
+        cp.RESPONSES: ("gpt-5.4", items("hi", sealed_item(encrypted_content=FOREIGN), call_item("a"), output_item("a"))),
+        cp.GEMINI: (GEM3, gemini_body(user_parts("hi"), model_parts(called_part(thoughtSignature=FOREIGN)), user_parts(result_part())))},
+    "empty signature": {
+        cp.MESSAGES: (OPUS, turned("hi", [signed(""), txt("a")], "b")),
+        cp.CHAT: (GEM3, turned("hi", chat_call("a", reasoning_opaque=""), chat_result("a"))),
+        cp.RESPONSES: ("gpt-5.4", items("hi", sealed_item(encrypted_content=""), "b")),
+        cp.GEMINI: (GEM3, gemini_body(user_parts("hi"), model_parts(called_part(thoughtSignature="")), user_parts(result_part())))},
+    "placeholder signature": {
+        cp.MESSAGES: (OPUS, turned("hi", [signed("placeholder"), signed("skip_thought_signature_validator"), txt("a")], "b")),
+        cp.CHAT: (GEM3, turned("hi", chat_call("a", reasoning_opaque="skip_thought_signature_validator"), chat_result("a"))),
+        cp.RESPONSES: ("gpt-5.4", items("hi", sealed_item(encrypted_content="placeholder"), "b")),
+        cp.GEMINI: (GEM3, gemini_body(user_parts("hi"), model_parts(called_part(thoughtSignature="skip_thought_signature_validator")), user_parts(result_part())))},
+    "redacted thinking": {
+        cp.MESSAGES: (OPUS, turned("hi", [{"type": "redacted_thinking", "data": FOREIGN}, txt("a")], "b")),
+        cp.CHAT: NO_STATE, cp.RESPONSES: NO_STATE, cp.GEMINI: NO_STATE},
+    "stale item ids": {
+        cp.RESPONSES: ("gpt-5.4", items({"type": "message", "id": "msg_1", "role": "user", "content": "hi"}, call_item("a", id="fc_1"), output_item("a"),
+                                        {"type": "message", "id": "msg_2", "role": "assistant", "content": [{"type": "output_text", "text": "x"}]}, "b")),
+        cp.CHAT: NO_STATE, cp.MESSAGES: NO_STATE, cp.GEMINI: NO_STATE},
+    "mismatched encrypted item": {
+        cp.RESPONSES: ("gpt-5.4", items("hi", sealed_item(encrypted_content="minted", id="rs_other"), "b")),
+        cp.CHAT: NO_STATE, cp.MESSAGES: NO_STATE, cp.GEMINI: NO_STATE},
+    "lost thought signature": {
+        cp.MESSAGES: (GEM3, turned("hi", [used("a")], [ended("a")])),
+        cp.CHAT: (GEM3, turned("hi", chat_call("a", "b", content="x"), chat_result("a"), chat_result("b"))),
+        cp.RESPONSES: (GEM3, items("hi", call_item("a"), output_item("a"))),
+        cp.GEMINI: (GEM3, gemini_body(user_parts("hi"), model_parts(called_part()), user_parts(result_part())))},
+    "orphan call": {
+        cp.MESSAGES: (OPUS, turned("hi", [used("a")], "b")),
+        cp.CHAT: ("gpt-4o", turned("hi", chat_call("a"), {"role": "user", "content": "b"})),
+        cp.RESPONSES: ("gpt-5.4", items("hi", call_item("a"), "b")),
+        cp.GEMINI: (GEM, gemini_body(user_parts("hi"), model_parts(called_part()), user_parts("b")))},
+    "orphan result": {
+        cp.MESSAGES: (OPUS, turned([ended("z"), txt("hi")])),
+        cp.CHAT: ("gpt-4o", turned("hi", chat_result("z"))),
+        cp.RESPONSES: ("gpt-5.4", items("hi", output_item("z"))),
+        cp.GEMINI: (GEM, gemini_body(user_parts("hi"), model_parts("a"), user_parts(result_part("z"))))},
+    "duplicate result": {
+        cp.MESSAGES: (OPUS, turned("hi", [used("a")], [ended("a"), ended("a")])),
+        cp.CHAT: ("gpt-4o", turned("hi", chat_call("a"), chat_result("a"), chat_result("a"))),
+        cp.RESPONSES: ("gpt-5.4", items("hi", call_item("a"), output_item("a"), output_item("a"))),
+        cp.GEMINI: (GEM, gemini_body(user_parts("hi"), model_parts(called_part()), user_parts(result_part(), result_part())))},
+    "trailing assistant": {
+        cp.MESSAGES: (OPUS, turned("hi", "It is")), cp.CHAT: (OPUS, turned("hi", "It is")),
+        cp.RESPONSES: (OPUS, items("hi", {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is"}]})),
+        cp.GEMINI: (OPUS, gemini_body(user_parts("hi"), model_parts("It is")))},
+    "trailing assistant of an older model": {
+        cp.MESSAGES: (OLD, turned("hi", "It is")), cp.CHAT: "n/a: Chat's upstream takes it", cp.RESPONSES: (OLD, items("hi", {"role": "assistant", "content": "It is"})),
+        cp.GEMINI: "n/a: goes to Chat"},
+    "empty text": {
+        cp.MESSAGES: (OPUS, turned("hi", [txt(""), txt("a")], [txt("  ")], "x", "y")), cp.CHAT: (OPUS, turned("hi", "", "x")),
+        cp.RESPONSES: (OPUS, items("hi", {"role": "assistant", "content": [{"type": "output_text", "text": ""}]}, "x")),
+        cp.GEMINI: (OPUS, gemini_body(user_parts("hi"), model_parts(""), user_parts("x")))},
+    "bad tool schema": {
+        cp.MESSAGES: (OPUS, turned("hi", tools=[{"name": "good", "input_schema": {"type": "object", "properties": {}}}, {"name": "bad", "input_schema": {"type": "object", "properties": {"x": {"type": "strange"}}}}])),
+        cp.CHAT: ("gpt-4o", turned("hi", tools=[{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}} for name in ("good", "bad")])),
+        cp.RESPONSES: ("gpt-5.4", items("hi", tools=[{"type": "function", "name": name, "parameters": {"type": "object", "properties": {}}} for name in ("good", "bad")])),
+        cp.GEMINI: (GEM, gemini_body(user_parts("hi"), tools=[{"functionDeclarations": [{"name": name, "parametersJsonSchema": {"type": "object", "properties": {}}} for name in ("good", "bad")]}]))},
+    "late system": {
+        cp.MESSAGES: (OLDER, turned("hi", "a", {"role": "system", "content": "now"})), cp.CHAT: (OPUS, turned("hi", "a", {"role": "system", "content": "now"}, "x", "b")),
+        cp.RESPONSES: (OPUS, items("hi", {"role": "developer", "content": "now"}, "b")), cp.GEMINI: "n/a: contents know user and model only"},
+}
+
+
+class Poisoned(RelayCase):
+    """No session is bricked by its own history: answered at once, and the next turn needs one call."""
+
+    def send(self, dialect: str, model: str, body: Json, stream: bool) -> Reply:
+        if dialect == cp.GEMINI:
+            return self.post((GEMINI_STREAM_PATH if stream else GEMINI_PATH).format(model), body)
+        return self.post(ASK[dialect][0], {"model": model, "stream": stream, **({"max_tokens": 100} if dialect == cp.MESSAGES else {}), **body})
+
+    def calls(self) -> int:
+        return sum(len(self.upstream.seen(path)) for path in GENERATION)
+
+    def test_every_poison_in_every_dialect_costs_one_repeat_and_none_the_next_time(self):
+        self.upstream.switch(tools_refused=("bad",))
+        for (name, rows), stream in itertools.product(POISONS.items(), (False, True)):
+            for dialect in (cp.CHAT, cp.RESPONSES, cp.MESSAGES, cp.GEMINI):
+                if isinstance(rows[dialect], str):
+                    continue
+                model, body = rows[dialect]
+                if name == "mismatched encrypted item":
+                    body = copy.deepcopy(body)
+                    body["input"][1]["encrypted_content"] = self.upstream.mint("encrypted", "x", bound="rs_mine")
+                with self.subTest(name, dialect=dialect, stream=stream):
+                    for most in (2, 1):
+                        before = self.calls()
+                        answer = self.send(dialect, model, body, stream)
+                        self.assertEqual(200, answer.status, answer.text)
+                        self.assertEqual("ok", self.row(answer)["outcome"])
+                        self.assertLessEqual(self.calls() - before, most)
+
+    def test_the_table_names_every_dialect(self):
+        self.assertEqual({name: 4 for name in POISONS}, {name: len(rows) for name, rows in POISONS.items()})
+
+
+class Learning(RelayCase):
+    """What upstream refuses is mended where it says so, repeated once, and remembered for the account and model."""
+
+    def turn(self, dialect: str, **changes: Any) -> Tuple[int, List[Seen], Reply]:
+        """(status, what upstream saw, answer)."""
+        before = len(self.upstream.seen(UPSTREAM_PATHS[dialect]))
+        headers = changes.pop("headers", None)
+        answer = self.post(*asking(dialect, **changes), headers=headers)
+        return answer.status, self.upstream.seen(UPSTREAM_PATHS[dialect])[before:], answer
+
+    def test_a_field_nobody_told_us_of(self):
+        self.upstream.switch(fields_refused=("foo.bar",))
+        for dialect in DIALECTS_SERVED:
+            for wanted_calls in (2, 1):
+                with self.subTest(dialect, calls=wanted_calls):
+                    status, seen, answer = self.turn(dialect, foo={"bar": 1, "baz": 2})
+                    self.assertEqual((200, wanted_calls), (status, len(seen)))
+                    self.assertEqual({"baz": 2}, seen[-1].body["foo"])
+                    self.assertEqual("foo.bar", answer.headers["x-copilot-api-dropped"])
+
+    def test_what_was_learned_concerns_its_model_only(self):
+        self.upstream.switch(fields_refused=("foo",))
+        self.turn(cp.MESSAGES, foo=1)
+        self.upstream.switch(fields_refused=())
+        self.assertNotIn("foo", self.turn(cp.MESSAGES, foo=1)[1][-1].body)
+        self.assertIn("foo", self.turn(cp.MESSAGES, foo=1, model="claude-sonnet-4.5")[1][-1].body)
+
+    def test_it_is_forgotten_after_six_hours(self):
+        now = [0.0]
+        lessons = cp.Lessons(lambda: now[0])
+        self.assertTrue(lessons.learn("o", cp.CHAT, ("field", ("foo",))))
+        self.assertFalse(lessons.learn("o", cp.CHAT, ("field", ("foo",))))
+        now[0] = 6 * 3600 - 1
+        self.assertEqual([("field", ("foo",))], lessons.of("o", cp.CHAT))
+        self.assertEqual([], lessons.of("o", cp.MESSAGES) + lessons.of("other", cp.CHAT))
+        now[0] = 6 * 3600
+        self.assertEqual([], lessons.of("o", cp.CHAT))
+
+    def test_lessons_are_bounded(self):
+        lessons = cp.Lessons()
+        for number in range(cp.Lessons.KEYS + 5):
+            lessons.learn(str(number), cp.CHAT, ("field", (str(number),)))
+        for number in range(cp.Lessons.EACH + 5):
+            lessons.learn("last", cp.CHAT, ("field", (str(number),)))
+        self.assertEqual(([], cp.Lessons.EACH), (lessons.of("0", cp.CHAT), len(lessons.of("last", cp.CHAT))))
+
+    def test_a_beta_and_the_field_it_stands_for(self):
+        for host, wanted in (("vrtx", ["context-management-2025-06-27"]), ("bdrk", [])):
+            with self.subTest(host):
+                self.upstream.switch(betas_refused=("interleaved-thinking-2025-05-14",), claude_host=host)
+                model = {"vrtx": "claude-opus-4.6", "bdrk": "claude-opus-4.8"}[host]
+                for calls in (2, 1):
+                    status, seen, answer = self.turn(cp.MESSAGES, model=model, context_management={"edits": []},
+                                                    headers={"anthropic-beta": "interleaved-thinking-2025-05-14"})
+                    self.assertEqual((200, calls), (status, len(seen)))
+                    self.assertEqual(",".join(wanted), seen[-1].headers.get("anthropic-beta", ""))
+                    self.assertEqual(bool(wanted), "context_management" in seen[-1].body)
+                    self.assertIn("interleaved-thinking-2025-05-14", answer.headers["x-copilot-api-dropped"])
+
+    def test_a_field_brings_its_beta(self):
+        fields = {"context_management": {"edits": []}, "tools": [{"name": "f", "defer_loading": True, "input_schema": {"type": "object", "properties": {}}}]}
+        _, seen, _ = self.turn(cp.MESSAGES, model="claude-opus-4.8", **fields)
+        self.assertEqual("context-management-2025-06-27,advanced-tool-use-2025-11-20", seen[-1].headers["anthropic-beta"])
+        _, seen, _ = self.turn(cp.MESSAGES, model="claude-sonnet-4.5", max_tokens=9000, tools=[{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+                              thinking={"type": "enabled", "budget_tokens": 2000})
+        self.assertEqual("interleaved-thinking-2025-05-14", seen[-1].headers["anthropic-beta"])
+
+    def test_a_longer_cache_is_kept_with_its_beta_and_given_up_where_refused(self):
+        body = {"messages": [{"role": "user", "content": [txt("hi", **HOUR)]}]}
+        beta = {"anthropic-beta": cp.EXTENDED_CACHE}
+        status, seen, _ = self.turn(cp.MESSAGES, headers=beta, **body)
+        self.assertEqual([200, HOUR["cache_control"], MARK["cache_control"]], [status, *[one.body["messages"][0]["content"][0]["cache_control"] for one in seen]])
+        self.assertEqual(1, len(self.turn(cp.MESSAGES, headers=beta, **body)[1]))
+
+    def test_efforts_of_the_refusals_own_list(self):
+        self.upstream.switch(efforts_listed=("low", "medium"))
+        for dialect, model, fields in ((cp.CHAT, "gpt-5.1", {"reasoning_effort": "high"}), (cp.RESPONSES, "gpt-5.4", {"reasoning": {"effort": "high"}}),
+                                       (cp.MESSAGES, "claude-opus-4.8", {"output_config": {"effort": "max"}, "thinking": {"type": "adaptive", "display": "summarized"}})):
+            for calls in (2, 1):
+                with self.subTest(dialect, calls=calls):
+                    status, seen, _ = self.turn(dialect, model=model, **fields)
+                    self.assertEqual((200, calls), (status, len(seen)))
+                    parent, name = cp.EFFORT_PLACES[dialect]
+                    self.assertEqual("medium", (seen[-1].body[parent] if parent else seen[-1].body)[name])
+
+    def test_output_limits_of_the_refusals_own_number(self):
+        self.upstream.switch(output_capped=(100,))
+        for dialect, name in ((cp.CHAT, "max_tokens"), (cp.RESPONSES, "max_output_tokens"), (cp.MESSAGES, "max_tokens")):
+            for calls in (2, 1):
+                with self.subTest(dialect, calls=calls):
+                    status, seen, _ = self.turn(dialect, **{name: 4000})
+                    self.assertEqual((200, calls, 100), (status, len(seen), seen[-1].body[name]))
+
+    def test_one_bad_tool_is_set_aside_and_named_until_it_is_corrected(self):
+        self.upstream.switch(tools_refused=("bad",))
+        def tools(description: str) -> List[Json]:
+            return [{"name": name, "description": description, "input_schema": {"type": "object", "properties": {}}} for name in ("good", "bad")]
+        for calls in (2, 1):
+            status, seen, answer = self.turn(cp.MESSAGES, tools=tools("x"), tool_choice={"type": "tool", "name": "bad"})
+            self.assertEqual((200, calls, ["good"]), (status, len(seen), [tool["name"] for tool in seen[-1].body["tools"]]))
+            self.assertNotIn("tool_choice", seen[-1].body)
+            self.assertEqual("tool:bad", answer.headers["x-copilot-api-dropped"])
+        self.upstream.switch(tools_refused=())
+        self.assertEqual(2, len(self.turn(cp.MESSAGES, tools=tools("corrected"))[1][-1].body["tools"]))
+
+    def test_a_refusal_that_names_nothing_known_goes_on_as_it_is(self):
+        for dialect in DIALECTS_SERVED:
+            with self.subTest(dialect):
+                self.upstream.answer(UPSTREAM_PATHS[dialect], reply(400, capi("the moon is in the wrong house", "invalid_request_body")))
+                status, seen, answer = self.turn(dialect)
+                self.assertEqual((400, 1), (status, len(seen)))
+                self.assertIn("the moon is in the wrong house", answer.text)
+
+    def test_a_mended_request_that_is_refused_again_is_not_sent_a_third_time(self):
+        refusal_of = reply(400, anthropic_error("foo: Extra inputs are not permitted"))
+        self.upstream.answer(MESSAGES_PATH, refusal_of, refusal_of)
+        status, seen, answer = self.turn(cp.MESSAGES, foo=1)
+        self.assertEqual((400, 2), (status, len(seen)))
+        self.assertIn("foo: Extra inputs", answer.text)
+
+    def test_fields_without_which_there_is_no_request_stay(self):
+        for dialect, message in ((cp.MESSAGES, "messages: Extra inputs are not permitted"), (cp.MESSAGES, "max_tokens: Extra inputs are not permitted"),
+                                 (cp.CHAT, "Unknown parameter: 'messages[0].content'."), (cp.RESPONSES, "Unsupported parameter: model")):
+            with self.subTest(message):
+                self.upstream.answer(UPSTREAM_PATHS[dialect], reply(400, capi(message, "invalid_request_body")))
+                self.assertEqual((400, 1), tuple((self.turn(dialect)[0], 1)))
+
+    def test_upstreams_wordings(self):
+        """message -> the body after the cure (of the dialect), each from copilot-upstream or Anthropic's and OpenAI's own texts."""
+        for dialect, message, sent, wanted in WORDINGS:
+            with self.subTest(message):
+                plan = cp.Plan(dialect, model=OPUS, upstream_dialect=dialect)
+                body = copy.deepcopy(sent)
+                lesson = cp.mend(body, cp.classify(400, {}, capi(message).encode(), 0.0), plan)
+                self.assertIsNotNone(lesson)
+                self.assertEqual(wanted, body)
+                again = copy.deepcopy(sent)
+                self.assertTrue(cp.heed(again, [lesson], plan))
+                self.assertEqual(wanted, again)
+                self.assertFalse(cp.heed(again, [lesson], plan))
+
+
+WORDINGS = [
+    (cp.CHAT, MAX_TOKENS, {"max_tokens": 5}, {"max_completion_tokens": 5}),
+    (cp.CHAT, "Unsupported value: 'temperature' does not support 0.2 with this model. Only the default (1) value is supported.", {"temperature": 0.2}, {}),
+    (cp.RESPONSES, "Unsupported parameter: 'top_p' is not supported with this model.", {"top_p": 0.5}, {}),
+    (cp.RESPONSES, "store is not supported", {"store": True}, {}),
+    (cp.CHAT, 'json: unknown field "prediction"', {"prediction": {}}, {}),
+    (cp.MESSAGES, "tools.3.custom.input_examples: Extra inputs are not permitted", {"tools": [{"name": "f", "input_examples": []}]}, {"tools": [{"name": "f"}]}),
+    (cp.MESSAGES, "system.1.cache_control.ephemeral.scope: Extra inputs are not permitted", {"system": [{"cache_control": {"type": "ephemeral", "scope": "g"}}]}, {"system": [MARK]}),
+    (cp.MESSAGES, "messages.7.content.0.tool_result.content.2.text.parsed: Extra inputs are not permitted", turned([ended("a", [txt("x", parsed=1)])]), turned([ended("a", [txt("x")])])),
+    (cp.MESSAGES, "`temperature` and `top_p` cannot both be specified for this model. Please use only one.", {"temperature": 1, "top_p": 1}, {"temperature": 1}),
+    (cp.MESSAGES, "output_config: Extra inputs are not permitted", {"output_config": {"effort": "low"}}, {}),
+    (cp.MESSAGES, "messages.1.content.0: Invalid `signature` in `thinking` block. The block is bound to a different conversation", turned("a", [signed("s")], "b"),
+     {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}),
+    (cp.MESSAGES, "adaptive thinking is not supported on this model", {"thinking": {"type": "adaptive"}, "max_tokens": 64000}, {"thinking": {"type": "enabled", "budget_tokens": 16000}, "max_tokens": 64000}),
+    (cp.MESSAGES, "thinking.type: Input should be 'enabled' or 'disabled'", {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled", "budget_tokens": 16000}}),
+    (cp.MESSAGES, "Tool reference 'x' not found in available tools", turned([ended("a", [{"type": "tool_reference", "tool_name": "x"}])]), turned([ended("a", [txt("[tool x]")])])),
+    (cp.MESSAGES, "messages.2: role 'system' is not supported on this model", turned("a", {"role": "system", "content": "s"}),
+     turned("a", {"role": "user", "content": [txt("<system-reminder>\ns\n</system-reminder>")]})),
+    (cp.RESPONSES, "The requested tool image_generation is not supported.", {"tools": [{"type": "image_generation"}], "tool_choice": "auto"}, {}),
+    (cp.RESPONSES, UNBOUND.replace("{}", "rs_1"), items(sealed_item(id="rs_1")), items(sealed_item())),
+    (cp.RESPONSES, UNBOUND.replace("{}", "rs_1"), items(sealed_item(), "x"), items("x")),
+    (cp.RESPONSES, "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false.", items(sealed_item(), "x"), items("x")),
+    (cp.RESPONSES, "Invalid 'input[3].id': 'abc'. Expected an ID that begins with 'rs'.", items(sealed_item(id="abc")), items(sealed_item())),
+    (cp.CHAT, "Invalid signature in thinking block", turned("a", {"role": "assistant", "content": "x", "reasoning_opaque": "o", "reasoning_text": "t"}),
+     turned("a", "x")),
+    (cp.CHAT, "GenerateContentRequest.tools[0].function_declarations[1].parameters.properties[x].enum: cannot be empty",
+     {"tools": [{"function": {"name": "f"}}, {"function": {"name": "g"}}]}, {"tools": [{"function": {"name": "f"}}]}),
+    (cp.MESSAGES, "max_tokens: 128000 > 64000, which is the maximum allowed number of output tokens for claude-opus-4-8", {"max_tokens": 128000}, {"max_tokens": 64000}),
+    (cp.CHAT, "max_tokens is too large: 128000. This model supports at most 16384 completion tokens, whereas you provided 128000.", {"max_tokens": 128000}, {"max_tokens": 16384}),
+]
 
 
 class CutTexts(unittest.TestCase):
