@@ -644,7 +644,7 @@ class UpstreamError(ProxyError):
     status = 502
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message, failure.status, failure.code)
+        super().__init__(advised(failure), failure.status, failure.code)
         self.failure = failure
         self.headers = dict(failure.headers)
 
@@ -849,6 +849,42 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
                    headers=tuple(relayed_headers(headers)))
 
 
+# What the user can do about a limit or a policy: (kind, pattern in "code message", advice); the first row that fits.
+ADVICE = (
+    ("quota",  r"free_quota",                     "the free plan's allowance is used up: upgrade the plan, or add another provider"),
+    ("quota",  r"billing_not_configured",         "set up billing for Copilot at https://github.com/settings/billing"),
+    ("quota",  r"overage|additional_spend",       "raise the spending limit at https://github.com/settings/billing, or use an included model"),
+    ("quota",  r"session_quota",                  "this session's allowance is used up: start a new one, or use an included model"),
+    ("quota",  r"",                               "use an included model, raise the budget at https://github.com/settings/billing, or wait for the reset"),
+    ("policy", r"not licensed|no_copilot_access", "this account has no Copilot seat: see https://github.com/settings/copilot or ask your organization for one"),
+    ("policy", r"no_available_model_endpoints",   "allow the model at https://github.com/settings/copilot/features (an organization's owner decides for its seats), or use another"),
+    ("policy", r"usage_not_included",             "the plan does not include this: use another model or account"),
+    ("policy", r"extension_blocked|terms of service|endpoint is forbidden",
+     "GitHub refuses this account or client: stop automated use, then sign in again (python copilot_proxy.py auth login)"),
+    ("policy", r"editor-version|client not supported|integration-id",
+     "set a newer identity.editorVersion, identity.pluginVersion and identity.userAgent in config.json"),
+    ("policy", r"personal access token",          "this kind of token cannot be used: sign in with python copilot_proxy.py auth login"),
+    ("policy", r"feature|policy",                 "an organization's owner must allow it in the Copilot policies of the organization"),
+    ("policy", r"",                               "what this account may do is listed at https://github.com/settings/copilot"),
+    ("auth",   r"",                               "sign in again: python copilot_proxy.py auth login, or open /auth/device"),
+)
+
+
+def advised(failure: Failure) -> str:
+    """Upstream's message, and behind it what to do about a limit or a policy and when the limit ends."""
+    if failure.code in (UNREACHABLE, INTERRUPTED):
+        return failure.message
+    text = f"{failure.code or ''} {failure.message}".lower()
+    if failure.status == 466:
+        text += " client not supported"
+    advice = next((advice for kind, pattern, advice in ADVICE if kind == failure.kind and re.search(pattern, text)), None)
+    resets = failure.resets_at if failure.kind in ("rate", "quota") and (failure.wait_s or 0) >= LONG_WAIT_S else None
+    said = [advice] if advice else []
+    said += [f"resets {email.utils.formatdate(resets, localtime=True)}"] if resets else []
+    return f"{failure.message} ({'; '.join(said)})" if said else failure.message
+
+
+LONG_WAIT_S = 60.0  # a shorter wait needs no date
 UNREACHABLE, INTERRUPTED = "upstream_unreachable", "stream_interrupted"  # codes of transport failures
 
 
