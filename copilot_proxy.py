@@ -89,7 +89,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
 from urllib.parse import parse_qsl, unquote, urlsplit
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 ###############################################################################
 #                                  Masthead                                   #
@@ -6863,7 +6863,8 @@ class Quirk:
     `request(body, plan)` edits the body in place and says whether it did. `frame(chunk, plan)` gives the chunk to
     relay, or None to swallow it; beside a request edit it undoes that edit's consequence, so it runs only where the
     edit was made. A body that holds none of the `needles`, a frame that holds none of the `frame_needles`, is not
-    looked at (no needles: always). `applies(plan)` decides once per request.
+    looked at (no needles: always), nor is a history that shows none of the `signs` (see `history_signs`).
+    `applies(plan)` decides once per request.
     """
 
     name: str
@@ -6874,6 +6875,7 @@ class Quirk:
     frame: Optional[Callable[[Json, Plan], Optional[Json]]] = None
     needles: Tuple[bytes, ...] = ()
     frame_needles: Tuple[bytes, ...] = ()
+    signs: FrozenSet[str] = frozenset()
     applies: Callable[[Plan], bool] = lambda plan: True
 
 
@@ -7188,7 +7190,7 @@ def raw_arguments(said: Any) -> str:
     return text if known is not None else dump_json({"_raw_arguments": text} if text.strip() else {}).decode()
 
 
-ODD_ID = re.compile(r"[^a-zA-Z0-9_-]")
+ODD_ID, PLAIN_ID = re.compile(r"[^a-zA-Z0-9_-]"), re.compile(r"[a-zA-Z0-9_-]+\Z")
 
 
 def spell_tool_ids(body: Json, plan: Plan) -> bool:
@@ -7264,6 +7266,54 @@ def reminder(block: Json) -> Json:
     if not isinstance(text, str) or not text.strip() or text.startswith("<system-reminder>"):
         return block
     return {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+
+
+def history_signs(body: Json, plan: Plan) -> Set[str]:
+    """What is odd about a history, found in one walk: most rows have nothing to do in most conversations."""
+    way = PAIRINGS[plan.upstream_dialect]
+    turns = wire_objects(body, way.field)
+    signs = set() if is_paired(way.entries(turns), way.adjacent) else {"pairs"}
+    for turn in turns:
+        content = turn.get("content")
+        if not content or isinstance(content, str) and content.isspace():
+            signs.add("blank")
+        if turn.get("role") in ("system", "developer"):
+            signs.add("system")
+        if "tool_calls" in turn:
+            signs.add("arguments")
+        if turn.get("id") is not None or turn.get("type") == "item_reference":
+            signs.add("item_id")
+        if isinstance(content, list):
+            _block_signs(content, signs)
+    if any(map(is_blank, wire_objects(body, "system"))) or isinstance(body.get("system"), str) and not body["system"].strip():
+        signs.add("blank")
+    return signs
+
+
+def _block_signs(blocks: List[Any], signs: Set[str]) -> None:
+    for block in blocks:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text":
+            if is_blank(block):
+                signs.add("blank")
+        elif kind == "tool_use":
+            if not isinstance(block.get("input"), dict):
+                signs.add("arguments")
+            if not PLAIN_ID.match(str(block.get("id"))):
+                signs.add("tool_id")
+        elif kind == "tool_result":
+            if not PLAIN_ID.match(str(block.get("tool_use_id"))):
+                signs.add("tool_id")
+            inner = block.get("content")
+            if isinstance(inner, list):
+                _block_signs(inner, signs)
+                if any(isinstance(part, dict) and "cache_control" in part for part in inner):
+                    signs.add("cache_inside")
+        elif kind in ("thinking", "redacted_thinking"):
+            if is_unsigned(block):
+                signs.add("unsigned")
+            if "cache_control" in block:
+                signs.add("cache_inside")
 
 
 def drop_item_ids(body: Json, plan: Plan) -> bool:
@@ -7558,46 +7608,46 @@ def _drop_schema(schema: Any) -> bool:
 QUIRKS: Tuple[Quirk, ...] = (
     #     name              provider   dialects                     source
     Quirk("service_tier",   "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 6.1, 7.1",
-          request=drop_service_tier, needles=(b'"service_tier"',)),
+          request=drop_service_tier),
     Quirk("store",          "copilot", (RESPONSES,),                "copilot-upstream 6.1",
           request=force_store_false),
     Quirk("$schema",        "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 7.1, 5.1",
           request=drop_schema_keyword, needles=(b'"$schema"',)),
     Quirk("output_limit",   "copilot", (CHAT,),                     "copilot-upstream 5.1",
-          request=name_output_limit, needles=(b'"max_tokens"', b'"max_completion_tokens"')),
+          request=name_output_limit),
     Quirk("least_output",   "copilot", (RESPONSES,),                "copilot-upstream 6.1",
-          request=raise_output_limit, needles=(b'"max_output_tokens"',)),
+          request=raise_output_limit),
     Quirk("body_betas",     "copilot", (MESSAGES,),                 "copilot-upstream 7.2",
-          request=drop_body_betas, needles=(b'"betas"', b'"anthropic_beta"')),
+          request=drop_body_betas),
     Quirk("tool_choice",    "copilot", (CHAT,),                     "copilot-upstream 5.1",
-          request=name_tool_choice, needles=(b'"tool_choice"',), applies=lambda plan: "gemini" in plan.model.lower()),
+          request=name_tool_choice, applies=lambda plan: "gemini" in plan.model.lower()),
     # histories: what is folded or dropped comes before the pairing of calls, and that before what looks at the last turn
     Quirk("late_system",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1; DESIGN 8",
-          request=fold_late_systems, needles=(b'"system"', b'"developer"')),
+          request=fold_late_systems, signs=frozenset(("system",))),
     Quirk("unsigned",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1; user-pains P40",
-          request=drop_unsigned_thinking, needles=(b'thinking"',)),
+          request=drop_unsigned_thinking, signs=frozenset(("unsigned",))),
     Quirk("blank_text",     "copilot", (CHAT, MESSAGES),            "copilot-upstream 7.1",
-          request=drop_blank_texts),
+          request=drop_blank_texts, signs=frozenset(("blank",))),
     Quirk("pairs",          "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 9.3; user-pains P22",
-          request=pair_calls, needles=(b'"tool_calls"', b'"tool"', b'"tool_use"', b'"tool_result"', b'_call"', b'_call_output"')),
+          request=pair_calls, signs=frozenset(("pairs",))),
     Quirk("arguments",      "copilot", (CHAT, MESSAGES),            "copilot-upstream 5.1",
-          request=mend_arguments, needles=(b'"tool_calls"', b'"tool_use"')),
+          request=mend_arguments, signs=frozenset(("arguments",))),
     Quirk("tool_ids",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
-          request=spell_tool_ids, needles=(b'"tool_use"', b'"tool_result"')),
+          request=spell_tool_ids, signs=frozenset(("tool_id",))),
     Quirk("prefill",        "copilot", (CHAT, MESSAGES),            "copilot-upstream 7.1; user-pains P48",
           request=answer_prefill, applies=lambda plan: is_claude(plan) and model_version(plan.model, "claude") >= (4, 6)),
     Quirk("item_ids",       "copilot", (RESPONSES,),                "copilot-upstream 6.4; user-pains P41",
-          request=drop_item_ids, needles=(b'"id"',)),
+          request=drop_item_ids, signs=frozenset(("item_id",))),
     Quirk("effort",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 6.1, 7.1; DESIGN 8",
-          request=clamp_effort, needles=(b'"effort"', b'"reasoning_effort"')),
+          request=clamp_effort),
     Quirk("thinking",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1; DESIGN 8",
-          request=fit_thinking, needles=(b'"thinking"',)),
+          request=fit_thinking),
     Quirk("sampling",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
-          request=drop_sampling, needles=(b'"temperature"', b'"top_p"', b'"top_k"')),
+          request=drop_sampling),
     Quirk("cache_request",  "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
-          request=expand_cache_mark, needles=(b'"cache_control"',)),
+          request=expand_cache_mark),
     Quirk("cache_inside",   "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
-          request=move_cache_marks, needles=(b'"cache_control"',)),
+          request=move_cache_marks, signs=frozenset(("cache_inside",))),
     Quirk("cache_scope",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1; user-pains P12",
           request=drop_cache_scopes, needles=(b'"scope"', b'"ttl"')),
     Quirk("cache_count",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
@@ -7617,11 +7667,17 @@ def quirks_for(plan: Plan) -> List[Quirk]:
 def edit_request(body: Json, raw: bytes, plan: Plan, quirks: Sequence[Quirk]) -> bool:
     """Applies the request edits in place; True when one of them changed the body. `raw` is the body as it came."""
     before = len(plan.edits)
+    signs: Optional[Set[str]] = None
     for quirk in quirks:
         if quirk.request is None or (quirk.needles and not any(needle in raw for needle in quirk.needles)):
             continue
+        if quirk.signs:
+            signs = history_signs(body, plan) if signs is None else signs
+            if quirk.signs.isdisjoint(signs):
+                continue
         if quirk.request(body, plan):
             plan.edits.append(quirk.name)
+            signs = None
     return len(plan.edits) > before
 
 

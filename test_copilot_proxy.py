@@ -8325,6 +8325,26 @@ class RequestEdits(unittest.TestCase):
     def test_every_quirk_has_its_rows_in_every_dialect(self):
         self.assertEqual({(quirk.name, dialect) for quirk in cp.QUIRKS for dialect in quirk.dialects}, {(row[0], row[1]) for row in EDITS})
 
+    def test_rows_raise_nothing_and_signs_and_needles_hide_no_edit(self):
+        """Random damage to rich bodies: what is edited is what every row by itself would edit, and once is enough."""
+        chance = random.Random(41)
+        for _ in range(1500):
+            dialect = chance.choice((cp.CHAT, cp.RESPONSES, cp.MESSAGES))
+            body = mutated(RICH[dialect][1], chance)
+            try:
+                cp.CODECS[dialect].decode_request(json.loads(cp.dump_json(body)))
+            except cp.ClientError:
+                continue
+            model = chance.choice({cp.CHAT: (OPUS, GEM, "gpt-5-mini"), cp.RESPONSES: ("gpt-5.4",), cp.MESSAGES: (OPUS, OLD)}[dialect])
+            once, _, plan = edited(body, dialect, True, model=model)
+            alone = json.loads(cp.dump_json(body))
+            for quirk in cp.quirks_for(plan):
+                if quirk.request is not None:
+                    quirk.request(alone, plan)
+            with self.subTest(dialect, body=body):
+                self.assertEqual(cp.dump_json(alone), cp.dump_json(once))
+                self.assertEqual((once, False), edited(once, dialect, True, model=model)[:2])
+
     def test_odd_tools_raise_nothing(self):
         chance = random.Random(37)
         for _ in range(500):
