@@ -8224,6 +8224,8 @@ EDITS = [Edit(*row) for row in (
     (PAIRS,           cp.CHAT,      False,  turned("hi", chat_call("a"), "wait", chat_result("a")),
                                             {"messages": [{"role": "user", "content": "hi"}, chat_call("a"), chat_result("a"), {"role": "user", "content": "wait"}]}),
     (PAIRS,           cp.CHAT,      False,  turned(chat_call("a"), chat_result("a"), chat_call("a")), turned(chat_call("a"), chat_result("a"), chat_call("a"), chat_result("a", NOTED))),
+    (PAIRS,           cp.CHAT,      False,  turned("hi", chat_result("a", "early"), chat_call("a")),
+                                            turned("hi", {"role": "user", "content": LONE + "early"}, chat_call("a"), chat_result("a", NOTED))),
     (PAIRS,           cp.MESSAGES,  False,  turned("hi", [used("a"), used("b")], [ended("b"), txt("go")]),
                                             turned("hi", [used("a"), used("b")], [ended("a", NOTED, is_error=True), ended("b"), txt("go")])),
     (PAIRS,           cp.MESSAGES,  False,  turned("hi", [used("a")]),                     turned("hi", [used("a")], [ended("a", NOTED, is_error=True)])),
@@ -16105,6 +16107,11 @@ POISONS: Dict[str, Dict[str, Any]] = {
 }
 
 
+# What can be seen before anything is sent.
+SEEN_BEFORE = ("stale item ids", "mismatched encrypted item", "lost thought signature", "orphan call", "orphan result", "duplicate result",
+               "trailing assistant", "empty text", "late system")
+
+
 class Poisoned(RelayCase):
     """No session is bricked by its own history: answered at once, and the next turn needs one call."""
 
@@ -16127,7 +16134,7 @@ class Poisoned(RelayCase):
                     body = copy.deepcopy(body)
                     body["input"][1]["encrypted_content"] = self.upstream.mint("encrypted", "x", bound="rs_mine")
                 with self.subTest(name, dialect=dialect, stream=stream):
-                    for most in (2, 1):
+                    for most in (1 if name in SEEN_BEFORE else 2, 1):
                         before = self.calls()
                         answer = self.send(dialect, model, body, stream)
                         self.assertEqual(200, answer.status, answer.text)
@@ -16264,6 +16271,13 @@ class Learning(RelayCase):
             with self.subTest(message):
                 self.upstream.answer(UPSTREAM_PATHS[dialect], reply(400, capi(message, "invalid_request_body")))
                 self.assertEqual((400, 1), tuple((self.turn(dialect)[0], 1)))
+
+    def test_a_verbosity_that_is_refused_is_no_effort(self):
+        message = "Unsupported value: 'low' is not supported with the 'gpt-5.4' model. Supported values are: 'medium'."
+        plan = cp.Plan(cp.RESPONSES, model="gpt-5.4", upstream_dialect=cp.RESPONSES)
+        body = {"reasoning": {"effort": "high"}, "text": {"verbosity": "low"}}
+        self.assertIsNone(cp.mend(body, cp.classify(400, {}, capi(message).encode(), 0.0), plan))
+        self.assertEqual("high", body["reasoning"]["effort"])
 
     def test_upstreams_wordings(self):
         """message -> the body after the cure (of the dialect), each from copilot-upstream or Anthropic's and OpenAI's own texts."""
