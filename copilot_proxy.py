@@ -6941,9 +6941,11 @@ def calls_in(turn: Json) -> Iterator[Json]:
     """The calls of one turn: of its history, or of an answer."""
     if turn.get("type") in CALL_KINDS:
         yield turn
-    yield from objects_in(turn.get("tool_calls"))
-    for block in objects_in(turn.get("content")):
-        if block.get("type") in CALL_KINDS:
+    if "tool_calls" in turn:
+        yield from objects_in(turn["tool_calls"])
+    content = turn.get("content")
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict) and block.get("type") in CALL_KINDS:
             yield block
 
 
@@ -6968,12 +6970,13 @@ def tool_label(value: Json) -> str:
 
 
 def reference_places(body: Json) -> Iterator[Tuple[List[Any], int]]:
-    """(list, index) of every `tool_reference` block, inside tool results too (Messages)."""
+    """(list, index) of every `tool_reference` block: they stand in tool results (Messages)."""
     for turn in turns_of(body):
-        for block in (turn, *objects_in(turn.get("content"))):
-            for at, part in enumerate(block["content"] if isinstance(block.get("content"), list) else ()):
-                if isinstance(part, dict) and part.get("type") == "tool_reference":
-                    yield block["content"], at
+        for block in objects_in(turn.get("content")):
+            if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+                for at, part in enumerate(block["content"]):
+                    if isinstance(part, dict) and part.get("type") == "tool_reference":
+                        yield block["content"], at
 
 
 def name_dropped(plan: Plan, kind: str, names: Sequence[str]) -> None:
@@ -7072,12 +7075,11 @@ def tell_lost_references(body: Json, plan: Plan) -> bool:
 
 def tool_name_places(body: Json) -> Iterator[Tuple[Json, str]]:
     """(object, key) of every place that holds the name of a function or custom tool."""
-    turns = turns_of(body)
-    for turn in turns:
+    for turn in turns_of(body):
         for call in calls_in(turn):
             yield named_part(call), "name"
-        for tool in tools_in(turn.get("tools")):  # what a search has loaded (Responses)
-            yield named_part(tool), "name"
+        if "tools" in turn:  # what a search has loaded (Responses)
+            yield from ((named_part(tool), "name") for tool in tools_in(turn["tools"]))
         if turn.get("role") == "tool":
             yield turn, "name"
     for tool in (*tools_in(body.get("tools")), *choices_in(body)):
@@ -7092,15 +7094,15 @@ def shorten_tool_names(body: Json, plan: Plan) -> bool:
     Good names are noted first, so that none of them is given to another tool.
     """
     places = [(part, key) for part, key in tool_name_places(body) if isinstance(part.get(key), str)]
-    bad = [(part, key) for part, key in places if not WIRE_NAME.fullmatch(part[key])]
-    if not bad:
-        return False
-    for name in {part[key] for part, key in places if WIRE_NAME.fullmatch(part[key])}:
-        if plan.names.restore(name) == (name, None, "function"):
+    names = dict.fromkeys(part[key] for part, key in places)
+    bad = {name for name in names if not WIRE_NAME.fullmatch(name)}
+    for name in names if bad else ():
+        if name not in bad and plan.names.restore(name) == (name, None, "function"):
             plan.names.shorten(name)
-    for part, key in bad:
-        part[key] = plan.names.shorten(part[key])
-    return True
+    for part, key in places if bad else ():
+        if part[key] in bad:
+            part[key] = plan.names.shorten(part[key])
+    return bool(bad)
 
 
 def answered_calls(value: Json) -> Iterator[Json]:
@@ -7178,6 +7180,7 @@ GONE: Any = object()  # what a rule gives for a keyword that has to go
 # Keywords whose value may be null; a null under any other is refused.
 NULL_KEYWORDS = frozenset(("default", "const"))
 COMBINATORS = ("anyOf", "oneOf", "allOf")
+TEXT_KEYWORDS = frozenset(("type", "description"))  # any text is right under these, which are most of a schema
 
 
 @dataclass(frozen=True)
@@ -7192,10 +7195,12 @@ class SchemaRules:
 def _schema_table(value: Any, schema: Json, rules: SchemaRules) -> Any:
     if not isinstance(value, dict):
         return GONE
-    mended = {name: _subschema(part, schema, rules) for name, part in value.items()}
-    if all(mended[name] is value[name] for name in value):
-        return value
-    return {name: {} if part is GONE else part for name, part in mended.items()}
+    changes: Json = {}
+    for name, part in value.items():
+        kept = mended_schema(part, rules) if isinstance(part, dict) else _subschema(part, schema, rules)
+        if kept is not part:
+            changes[name] = {} if kept is GONE else kept
+    return {**value, **changes} if changes else value
 
 
 def _schema_list(value: Any, schema: Json, rules: SchemaRules) -> Any:
@@ -7285,6 +7290,8 @@ def mended_schema(schema: Json, rules: SchemaRules) -> Json:
     changes: Json = {}
     keywords = rules.keywords
     for name, value in schema.items():
+        if name in TEXT_KEYWORDS and isinstance(value, str):
+            continue
         if value is None:
             if name not in NULL_KEYWORDS:
                 changes[name] = GONE
@@ -7372,11 +7379,12 @@ def image_places(body: Json) -> Iterator[Tuple[List[Any], int]]:
     """(list, index) of every image, oldest first, inside tool results too."""
     for turn in turns_of(body):
         for name in ("content", "output"):
-            yield from _image_places(turn.get(name))
+            if isinstance(turn.get(name), list):
+                yield from _image_places(turn[name])
 
 
-def _image_places(parts: Any) -> Iterator[Tuple[List[Any], int]]:
-    for at, part in enumerate(parts if isinstance(parts, list) else ()):
+def _image_places(parts: List[Any]) -> Iterator[Tuple[List[Any], int]]:
+    for at, part in enumerate(parts):
         if not isinstance(part, dict):
             continue
         if part.get("type") in IMAGE_PARTS:

@@ -265,7 +265,9 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("chat_args_checked",           False,      "tool arguments that are no JSON: 400 invalid_tool_call_format",        4),
     ("chat_pairs_checked",          False,      "orphan tool calls or results: 400 (9.3)",                              4),
     ("max_tokens_refused",          False,      "GPT-5 wants max_completion_tokens: 400",                               4),
-    ("tool_limit",                  False,      "more than 128 tools: 400",                                             4),
+    ("tool_limit",                  True,       "more than 128 tools: 400",                                             4),
+    ("tool_names_checked",          True,       "tool names over 64 or outside [a-zA-Z0-9_-]: 400",                     4),
+    ("tool_schemas_checked",        True,       "nulls and what no validator takes in tool schemas: 400",               4),
     ("gemini_usage_everywhere",     True,       "Gemini chunks all carry usage, zeros but on the last",                 4),
     ("gemini_stop_on_tools",        False,      "Gemini tool turns finish with stop",                                   4),
     ("gemini_opaque_required",      False,      "Gemini 3 tool calls must come back with reasoning_opaque: 400",        4),
@@ -285,7 +287,9 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("silence_s",                   0,          "silence after the first frame of every stream (70 in the checklist)",  5),
     ("responses_compacts",          False,      "context_management yields a compaction item first",                    5),
     ("compaction_trigger",          True,       "compaction_trigger is answered with a compaction item",                5),
-    ("image_generation_refused",    False,      "an image_generation tool: 400",                                        5),
+    ("image_generation_refused",    True,       "an image_generation tool: 400",                                        5),
+    ("hosted_tools_refused",        True,       "other tools that Copilot does not run: 400",                           5),
+    ("namespaces_checked",          True,       "a namespace without a description: 400",                               5),
     ("websocket",                   False,      "not served yet: every upgrade is 404",                                 6),
     ("messages_betas_checked",      True,       "unknown anthropic-beta: 400",                                          7),
     ("context_1m_known",            True,       "context-1m-2025-08-07 is a known beta",                                7),
@@ -302,8 +306,9 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("messages_pairs_checked",      False,      "orphan tool_use or tool_result: 400 (9.3)",                            7),
     ("late_system_refused",         False,      "role system inside messages: 400 (last is fine from Claude 4.8 on)",   7),
     ("empty_text_refused",          False,      "blank text blocks: 400",                                               7),
-    ("eager_streaming_refused",     False,      "eager_input_streaming on a tool: 400",                                 7),
-    ("speed_refused",               False,      "speed field: 400",                                                     7),
+    ("eager_streaming_refused",     True,       "eager_input_streaming on a tool: 400",                                 7),
+    ("speed_refused",               True,       "speed field: 400",                                                     7),
+    ("tool_references_checked",     True,       "a tool_reference to a tool that is not offered: 400",                  7),
     ("context_beta_required",       False,      "context_management without its beta: 400",                             7),
     ("claude_host",                 "vrtx",     "vrtx, bdrk or 01: prefix of ids, wording of the beta refusal",         7),
     ("messages_trailing_done",      False,      "data: [DONE] after message_stop",                                      7),
@@ -323,17 +328,19 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("integration_checked",         True,       "unknown Copilot-Integration-Id: 400 text",                             9),
     ("vision_header_required",      True,       "image without Copilot-Vision-Request: 400",                            9),
     ("vision_flood",                True,       "Copilot-Vision-Request without image: 429 text",                       9),
+    ("image_size_checked",          True,       "images over 3 MiB: 413, over 8000 px (2000 from 21 images on): 400",   9),
+    ("image_count_checked",         True,       "more images than the model takes: 400 (text synthetic)",               9),
     ("vision_flood_after",          0,          "how many such requests pass first",                                    9),
 ])}
 
 # Refusals and deviations whose repair in the gateway belongs to a later issue: off until it is built.
 REPAIRS_LATER = (
-    "chat_split_choices", "chat_padding", "chat_whole_bare", "chat_args_checked", "chat_pairs_checked", "max_tokens_refused", "tool_limit",
+    "chat_split_choices", "chat_padding", "chat_whole_bare", "chat_args_checked", "chat_pairs_checked", "max_tokens_refused",
     "gemini_opaque_required", "responses_differing_ids", "responses_bound_ids", "responses_item_ids_refused",
-    "responses_pairs_checked", "responses_min_tokens", "image_generation_refused", "cache_scope_refused",
+    "responses_pairs_checked", "responses_min_tokens", "cache_scope_refused",
     "cache_ttl_refused", "cache_limit", "cache_in_result_refused", "cache_top_level_refused", "prefill_refused",
     "tool_ids_checked", "adaptive_only", "signatures_checked", "messages_pairs_checked", "late_system_refused",
-    "empty_text_refused", "eager_streaming_refused", "speed_refused", "context_beta_required")
+    "empty_text_refused", "context_beta_required")
 
 
 # ---------------------------------------------------------------------------- errors, verbatim (1.5, 9.2)
@@ -1340,6 +1347,116 @@ def is_json_object(text: Any) -> bool:
         return False
 
 
+def offered_tools(ask: Ask) -> List[Json]:
+    """The tools, those of namespaces in their place."""
+    return [inner for tool in tools_of(ask) for inner in (tool.get("tools") or [] if tool.get("type") == "namespace" else [tool])]
+
+
+def crowd_of_tools(ask: Ask) -> Verdict:
+    """Claude's deferred tools are not counted."""
+    return len([tool for tool in offered_tools(ask) if ask.dialect != "messages" or not tool.get("defer_loading")]) > MAX_TOOLS
+
+
+def odd_tool_name(ask: Ask) -> Verdict:
+    """Names of tools, of the choice and of the calls of the history."""
+    inner = [value.get("function") or value.get("custom") or value for value in offered_tools(ask) + [ask.body.get("tool_choice")] if isinstance(value, dict)]
+    for value in inner + [value for message in messages_of(ask) for value in dicts_in(message) if value.get("type") in ("tool_use", "function_call", "custom_tool_call")
+                          or "arguments" in value]:
+        name = value.get("name")
+        if isinstance(name, str) and not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+            if ask.dialect == "messages":
+                return "tools.0.custom.name: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"
+            return f"Invalid 'tools[0].name': string too long. Expected a string with maximum length 64, but got a string with length {len(name)} instead."
+    return ""
+
+
+def schema_fault(schema: Any, ask: Ask) -> str:
+    """What a validator of the host behind the model says of a schema; "" if nothing."""
+    if isinstance(schema, bool):
+        return ""
+    if not isinstance(schema, dict):
+        return f"{schema} is not of type 'object', 'boolean'"
+    kinds = schema.get("type", "any") if isinstance(schema.get("type"), list) else [schema.get("type", "any")]
+    nulls = [name for name, value in schema.items() if value is None and name not in ("default", "const")]
+    tables = [name for name in ("properties", "$defs", "definitions") if not isinstance(schema.get(name, {}), dict)]
+    lists = [name for name in ("anyOf", "oneOf", "allOf", "enum") if name in schema and (not isinstance(schema[name], list) or not schema[name])]
+    lists += [name for name in ("required",) if not isinstance(schema.get(name, []), list)]
+    if nulls or tables or lists or not isinstance(schema.get("description", ""), str) or not all(isinstance(kind, str) for kind in kinds):
+        return f"{(nulls + tables + lists + ['description'])[0]}: JSON schema is invalid"
+    if None in schema.get("enum", []) and "type" in schema and "null" not in kinds:
+        return "enum value None does not validate against the type"
+    if ask.dialect != "messages" and "array" in kinds and "items" not in schema:
+        return "array schema missing items"
+    if ask.model.startswith("gemini") and (isinstance(schema.get("type"), list) or "enum" in schema and (kinds[0] not in ("any", "string") or not all(
+            isinstance(member, str) for member in schema["enum"]))):
+        return "only one type, enum: only allowed for STRING type"
+    inner = [part for name in ("properties", "$defs", "definitions") for part in schema.get(name, {}).values()]
+    inner += [part for name in ("anyOf", "oneOf", "allOf") for part in schema.get(name, [])] + [schema[name] for name in ("additionalProperties", "not") if name in schema]
+    items = schema.get("items", [])
+    return next(filter(None, (schema_fault(part, ask) for part in inner + (items if isinstance(items, list) else [items]))), "")
+
+
+def bad_tool_schema(ask: Ask) -> Verdict:
+    for number, tool in enumerate(offered_tools(ask)):
+        inner = tool.get("function") or tool
+        key, kinds = ("input_schema", (None, "custom")) if ask.dialect == "messages" else ("parameters", (None, "function"))
+        if tool.get("type") not in kinds or key not in inner and ask.dialect != "messages":
+            continue
+        schema = inner.get(key)
+        fault = schema_fault(schema, ask)
+        if not fault and (schema.get("type") != "object" or "properties" not in schema):
+            fault = "object schema missing properties"
+        if not fault and {"anyOf", "oneOf", "allOf"} & schema.keys():
+            fault = "input_schema does not support oneOf, allOf, or anyOf at the top level"
+        if not isinstance(inner.get("description", ""), str):
+            fault = "description: Input should be a valid string"
+        if fault:
+            return f"tools.{number}.custom.input_schema: {fault}" if ask.dialect == "messages" else f"Invalid schema for function '{inner.get('name')}': {fault}."
+    return ""
+
+
+HOSTED = re.compile(r"(file_search|code_interpreter|computer|mcp|local_shell|web_fetch_|code_execution_|web_search_20)")
+
+
+def hosted_tool(ask: Ask) -> Verdict:
+    hosted = [tool["type"] for tool in tools_of(ask) if HOSTED.match(str(tool.get("type")))]
+    if hosted and ask.dialect == "messages":
+        return f"tools.0: Input tag '{hosted[0]}' found using 'type' does not match any of the expected tags"
+    return bool(hosted) and f"The requested tool {hosted[0]} is not supported."
+
+
+def lost_reference(ask: Ask) -> Verdict:
+    offered = [tool.get("name") for tool in tools_of(ask)]
+    lost = [inner.get("tool_name") for inner in dicts_in(messages_of(ask)) if inner.get("type") == "tool_reference" and inner.get("tool_name") not in offered]
+    return bool(lost) and f"Tool reference '{lost[0]}' not found in available tools"
+
+
+def images_of(ask: Ask) -> List[bytes]:
+    """Every image of the conversation; b"" for one behind an address."""
+    parts = [part for part in dicts_in(messages_of(ask)) if part.get("type") in ("image", "image_url", "input_image")]
+    texts = [next((inner[key] for inner in dicts_in(part) for key in ("data", "url", "image_url") if isinstance(inner.get(key), str)), "") for part in parts]
+    return [b"" if text.startswith("http") else base64.b64decode(text.rpartition(",")[2] + "==") for text in texts]
+
+
+def heavy_image(ask: Ask) -> Verdict:
+    return any(len(image) > 3_145_728 for image in images_of(ask))
+
+
+def wide_image(ask: Ask) -> Verdict:
+    """Pixels of a PNG; the others pass."""
+    images = images_of(ask)
+    limit = 2000 if len(images) > 20 else 8000
+    sizes = [struct.unpack(">II", image[16:24]) for image in images if image.startswith(b"\x89PNG") and len(image) > 24]
+    many = "for many-image requests" if limit == 2000 else "size"
+    return any(max(size) > limit for size in sizes) and f"messages.0.content.0.image.source.base64.data: At least one of the image dimensions exceed max allowed {many}: {limit} pixels"
+
+
+def crowd_of_images(ask: Ask) -> Verdict:
+    stated = ask.record["capabilities"].get("limits", {}).get("vision", {}).get("max_prompt_images", 99)
+    most = 20 if "claude" in ask.model else 10 if "gemini" in ask.model else stated
+    return len(images_of(ask)) > most
+
+
 def opaque_missing(ask: Ask) -> Verdict:
     if not ask.model.startswith("gemini-3"):
         return False
@@ -1502,16 +1619,28 @@ CHECKS = list(itertools.starmap(Check, [
     ("embeddings_array",            (EMBEDDINGS_PATH,), inputs_misshaped,                                  400, "text", None,  "Bad Request"),
     ("embeddings_max_inputs",       (EMBEDDINGS_PATH,), lambda ask: len(ask.body["input"]) > MAX_INPUTS,   400, "capi", BAD,   "too many inputs"),
     ("embeddings_base64_refused",   (EMBEDDINGS_PATH,), lambda ask: ask.body.get("encoding_format") == "base64", 400, "capi", BAD, "invalid request body"),
+    ("tool_limit",                  GENERATE,     crowd_of_tools,                                     400, "vendor", BAD, "Invalid 'tools': array too long. Expected an array with maximum length 128."),
+    ("image_generation_refused",    (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "image_generation" for tool in tools_of(ask)), 400, "capi", BAD,
+     "The requested tool image_generation is not supported."),
+    ("speed_refused",               (MESSAGES_PATH,),  lambda ask: "speed" in ask.body,                    400, "vendor", None, "speed: Extra inputs are not permitted"),
+    ("eager_streaming_refused",     (MESSAGES_PATH,),  lambda ask: any("eager_input_streaming" in tool for tool in tools_of(ask)), 400, "vendor", None,
+     "tools.0.custom.eager_input_streaming: Extra inputs are not permitted"),
+    ("tool_names_checked",          GENERATE,     odd_tool_name,                                       400, "vendor", BAD, "{}"),
+    ("tool_schemas_checked",        GENERATE,     bad_tool_schema,                                     400, "vendor", "invalid_function_parameters", "{}"),
+    ("hosted_tools_refused",        GENERATE,     hosted_tool,                                         400, "vendor", BAD, "{}"),
+    ("namespaces_checked",          (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "namespace" and not tool.get("description") for tool in tools_of(ask)), 400, "capi", BAD,
+     "Invalid 'tools[0].description': empty string. Expected a string with minimum length 1, but got an empty string instead."),
+    ("tool_references_checked",     (MESSAGES_PATH,),  lost_reference,                                      400, "vendor", None, "{}"),
+    ("image_size_checked",          GENERATE,     heavy_image,                                         413, "capi", "",    "failed to parse request"),
+    ("image_size_checked",          GENERATE,     wide_image,                                          400, "vendor", BAD, "{}"),
+    ("image_count_checked",         GENERATE,     crowd_of_images,                                     400, "vendor", BAD, "too many images in request"),
     # from here on: REPAIRS_LATER
-    ("tool_limit",                  GENERATE,     lambda ask: len(tools_of(ask)) > MAX_TOOLS,         400, "vendor", BAD, "Invalid 'tools': array too long. Expected an array with maximum length 128."),
     ("max_tokens_refused",          (CHAT_PATH,),      gpt5_max_tokens,                                    400, "capi", BAD,   MAX_TOKENS),
     ("chat_args_checked",           (CHAT_PATH,),      broken_arguments,                                   400, "capi", "invalid_tool_call_format", BAD_ARGUMENTS),
     ("chat_pairs_checked",          (CHAT_PATH,),      chat_orphans,                                       400, "capi", BAD,   "{}"),
     ("gemini_opaque_required",      (CHAT_PATH,),      opaque_missing,                                     400, "capi", BAD,   "invalid request body"),
     ("responses_min_tokens",        (RESPONSES_PATH,), few_output_tokens,                                  400, "capi", BAD,
      "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16."),
-    ("image_generation_refused",    (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "image_generation" for tool in tools_of(ask)), 400, "capi", BAD,
-     "The requested tool image_generation is not supported."),
     ("responses_bound_ids",         (RESPONSES_PATH,), unbound_state,                                      400, "capi", BAD,   "{}"),
     ("responses_item_ids_refused",  (RESPONSES_PATH,), plain_item_ids,                                     400, "capi", BAD,   "input item ID does not belong to this connection"),
     ("responses_pairs_checked",     (RESPONSES_PATH,), response_orphans,                                   400, "capi", BAD,   "{}"),
@@ -1520,9 +1649,6 @@ CHECKS = list(itertools.starmap(Check, [
     ("cache_in_result_refused",     (MESSAGES_PATH,),  cache_in_result,                                    400, "vendor", None, "cache_control may not be specified within tool_result.content"),
     ("cache_limit",                 (MESSAGES_PATH,),  cache_crowd,                                        400, "vendor", None, "A maximum of 4 blocks with cache_control may be provided. Found {}."),
     ("cache_top_level_refused",     (MESSAGES_PATH,),  lambda ask: "cache_control" in ask.body,            400, "vendor", None, "cache_control: Extra inputs are not permitted"),
-    ("speed_refused",               (MESSAGES_PATH,),  lambda ask: "speed" in ask.body,                    400, "vendor", None, "speed: Extra inputs are not permitted"),
-    ("eager_streaming_refused",     (MESSAGES_PATH,),  lambda ask: any("eager_input_streaming" in tool for tool in tools_of(ask)), 400, "vendor", None,
-     "tools.0.custom.eager_input_streaming: Extra inputs are not permitted"),
     ("context_beta_required",       (MESSAGES_PATH,),  context_beta_missing,                               400, "vendor", None, "context_management: Extra inputs are not permitted"),
     ("late_system_refused",         (MESSAGES_PATH,),  late_system,                                        400, "vendor", None, "role 'system' is not supported on this model"),
     ("prefill_refused",             (MESSAGES_PATH,),  prefilled,                                          400, "vendor", None, "This model does not support assistant message prefill. The conversation must end with a user message."),
@@ -2526,7 +2652,24 @@ def cached(**more):
     return dict(CACHED, cache_control={"type": "ephemeral", **more})
 
 
-IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}]}
+def function(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def png(width, height, size_bytes=40):
+    """The header of a PNG, filled up."""
+    return (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height)).ljust(size_bytes, b"\0")
+
+
+def png_url(width, height, size_bytes=40):
+    return "data:image/png;base64," + base64.b64encode(png(width, height, size_bytes)).decode()
+
+
+def images(*urls):
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]}
+
+
+IMAGE = images(PIXEL)
 
 REFUSALS = [
     # switch, path, changes of the body, headers, status, a piece of the answer
@@ -2559,6 +2702,22 @@ REFUSALS = [
     ("embeddings_max_inputs", EMBEDDINGS_PATH, {"input": ["a"] * 513, "dimensions": 2}, {}, 400, "too many inputs"),
     ("embeddings_base64_refused", EMBEDDINGS_PATH, {"encoding_format": "base64"}, {}, 400, "invalid request body"),
     ("tool_limit", CHAT_PATH, {"tools": [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)]}, {}, 400, "maximum length 128"),
+    ("tool_limit", RESPONSES_PATH, {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": f"f{n}"} for n in range(129)]}]}, {}, 400, "maximum length 128"),
+    ("tool_names_checked", CHAT_PATH, {"tools": [{"type": "function", "function": {"name": "f" * 65}}]}, {}, 400, "maximum length 64"),
+    ("tool_names_checked", MESSAGES_PATH, turns("a", [{"type": "tool_use", "id": "t", "name": "f.g", "input": {}}], [{"type": "tool_result", "tool_use_id": "t"}]), {}, 400, "should match pattern"),
+    ("tool_schemas_checked", CHAT_PATH, {"tools": [function("f", {"type": "object", "properties": {"a": {"type": "array"}}})]}, {}, 400, "array schema missing items"),
+    ("tool_schemas_checked", CHAT_PATH, {"model": "gemini-2.5-pro", "tools": [function("f", {"type": "object", "properties": {"a": {"type": ["string", "null"]}}})]}, {}, 400, "only one type"),
+    ("tool_schemas_checked", MESSAGES_PATH, {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", None]}}}}]}, {}, 400, "enum value None"),
+    ("tool_schemas_checked", MESSAGES_PATH, {"tools": [{"name": "f"}]}, {}, 400, "tools.0.custom.input_schema"),
+    ("tool_schemas_checked", RESPONSES_PATH, {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}, "anyOf": [{}]}}]}, {}, 400, "at the top level"),
+    ("hosted_tools_refused", MESSAGES_PATH, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, {}, 400, "Input tag 'web_search_20250305'"),
+    ("hosted_tools_refused", RESPONSES_PATH, {"tools": [{"type": "file_search"}]}, {}, 400, "file_search is not supported"),
+    ("namespaces_checked", RESPONSES_PATH, {"tools": [{"type": "namespace", "name": "n", "description": "", "tools": []}]}, {}, 400, "empty string"),
+    ("tool_references_checked", MESSAGES_PATH, turns("a", [{"type": "tool_use", "id": "t", "name": "s", "input": {}}], [{"type": "tool_result", "tool_use_id": "t", "content": [
+        {"type": "tool_reference", "tool_name": "x"}]}]), {}, 400, "Tool reference 'x' not found in available tools"),
+    ("image_size_checked", CHAT_PATH, images(png_url(8, 8, 3_200_000)), {"Copilot-Vision-Request": "true"}, 413, "failed to parse request"),
+    ("image_size_checked", CHAT_PATH, images(png_url(8001, 8)), {"Copilot-Vision-Request": "true"}, 400, "max allowed size: 8000 pixels"),
+    ("image_count_checked", CHAT_PATH, images(*[png_url(8, 8)] * 6), {"Copilot-Vision-Request": "true"}, 400, "too many images"),
     ("max_tokens_refused", CHAT_PATH, {"model": "gpt-5-mini", "max_tokens": 5}, {}, 400, "Use 'max_completion_tokens' instead"),
     ("chat_args_checked", CHAT_PATH, {"messages": USER + [call(arguments="{"), RESULT]}, {}, 400, "invalid_tool_call_format"),
     ("chat_pairs_checked", CHAT_PATH, {"messages": USER + [call()]}, {}, 400, "An assistant message with 'tool_calls'"),
