@@ -6904,7 +6904,7 @@ def _drop_schema(schema: Any) -> bool:
 #   Resp.    {"name"}, namespaces       items of CALL_KINDS           {"type":"input_image","image_url"}
 #   Mess.    {"name"}                   blocks of CALL_KINDS          {"type":"image","source":{"data"}}
 
-CALL_KINDS = frozenset(("function_call", "custom_tool_call", "tool_use"))
+CALL_KINDS = ("function_call", "custom_tool_call", "tool_use")
 # Longest `tools` of a request (OpenAI; copilot-upstream 5.1, user-pains P51). No model record states another.
 MAX_TOOLS = 128
 # What OpenAI and Anthropic take for the name of a tool.
@@ -7067,9 +7067,9 @@ def limit_tools(body: Json, plan: Plan) -> bool:
 def tell_lost_references(body: Json, plan: Plan) -> bool:
     """Says as text that a tool was found which is not offered any more: Claude's hosts refuse a reference to it."""
     offered = set(map(tool_label, tools_in(body.get("tools"))))
-    lost = [(blocks, at) for blocks, at in reference_places(body) if blocks[at].get("tool_name") not in offered]
+    lost = [(blocks, at) for blocks, at in reference_places(body) if name_in(blocks[at], "tool_name") not in offered]
     for blocks, at in lost:
-        blocks[at] = {"type": "text", "text": f"Tool {blocks[at].get('tool_name')} loaded"}
+        blocks[at] = {"type": "text", "text": f"Tool {name_in(blocks[at], 'tool_name')} loaded"}
     return bool(lost)
 
 
@@ -7180,6 +7180,7 @@ GONE: Any = object()  # what a rule gives for a keyword that has to go
 # Keywords whose value may be null; a null under any other is refused.
 NULL_KEYWORDS = frozenset(("default", "const"))
 COMBINATORS = ("anyOf", "oneOf", "allOf")
+NOT_AT_TOP = (*COMBINATORS, "enum", "not")
 TEXT_KEYWORDS = frozenset(("type", "description"))  # any text is right under these, which are most of a schema
 
 
@@ -7313,7 +7314,7 @@ def _is_array(kind: Any) -> bool:
 def mended_parameters(schema: Any, rules: SchemaRules) -> Json:
     """The schema of a tool: an object with properties, and no alternatives at its top, in any dialect."""
     mended = mended_schema(schema, rules) if isinstance(schema, dict) else {}
-    if any(name in mended for name in COMBINATORS):
+    if any(name in mended for name in NOT_AT_TOP):
         mended = without_alternatives(mended)
     if mended.get("type") != "object" or "properties" not in mended:
         mended = {**mended, "type": "object", "properties": mended.get("properties", {})}
@@ -7323,9 +7324,9 @@ def mended_parameters(schema: Any, rules: SchemaRules) -> Json:
 def without_alternatives(schema: Json) -> Json:
     """The schema with the properties of its alternatives as its own; required is what every one of them requires.
 
-    Anthropic: "input_schema does not support oneOf, allOf, or anyOf at the top level"; OpenAI refuses them there too.
+    Anthropic: "input_schema does not support oneOf, allOf, or anyOf at the top level"; OpenAI names all of NOT_AT_TOP.
     """
-    merged = {name: value for name, value in schema.items() if name not in COMBINATORS}
+    merged = {name: value for name, value in schema.items() if name not in NOT_AT_TOP}
     properties, required = dict(merged.get("properties", {})), list(merged.get("required", ()))
     for name in COMBINATORS:
         branches = [_referred(branch, schema) for branch in objects_in(schema.get(name))]
@@ -7387,7 +7388,7 @@ def _image_places(parts: List[Any]) -> Iterator[Tuple[List[Any], int]]:
     for at, part in enumerate(parts):
         if not isinstance(part, dict):
             continue
-        if part.get("type") in IMAGE_PARTS:
+        if name_in(part, "type") in IMAGE_PARTS:
             yield parts, at
         elif isinstance(part.get("content"), list):
             yield from _image_places(part["content"])

@@ -2656,13 +2656,15 @@ def function(name, parameters):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def png(width, height, size_bytes=40):
-    """The header of a PNG, filled up."""
-    return (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height)).ljust(size_bytes, b"\0")
+def png_header(width: int, height: int) -> bytes:
+    rows = zlib.compress(b"\0" * 64)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
 
 
-def png_url(width, height, size_bytes=40):
-    return "data:image/png;base64," + base64.b64encode(png(width, height, size_bytes)).decode()
+def png_url(width, height, size_bytes=0):
+    """A PNG, filled up to a size."""
+    return "data:image/png;base64," + base64.b64encode(png_header(width, height).ljust(size_bytes, b"\0")).decode()
 
 
 def images(*urls):
@@ -8205,19 +8207,129 @@ EDITS = [
                                             {"tools": [{"type": "function", "function": {"name": "f", "parameters": CLEAN_SCHEMA}}]}),
     ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "function", "name": "f", "parameters": DIRTY_SCHEMA}], **STORED},
                                             {"tools": [{"type": "function", "name": "f", "parameters": CLEAN_SCHEMA}], **STORED}),
-    ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "namespace", "name": "n", "tools": [{"name": "f", "parameters": DIRTY_SCHEMA}]}], **STORED},
-                                            {"tools": [{"type": "namespace", "name": "n", "tools": [{"name": "f", "parameters": CLEAN_SCHEMA}]}], **STORED}),
+    ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"name": "f", "parameters": DIRTY_SCHEMA}]}], **STORED},
+                                            {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"name": "f", "parameters": CLEAN_SCHEMA}]}], **STORED}),
     ("$schema",       cp.MESSAGES,  True,   {"tools": [{"name": "f", "input_schema": DIRTY_SCHEMA}]}, {"tools": [{"name": "f", "input_schema": CLEAN_SCHEMA}]}),
     ("include_usage", cp.CHAT,      True,   {},                                          WITH_USAGE),
     ("include_usage", cp.CHAT,      True,   {"stream_options": None},                    WITH_USAGE),
     ("include_usage", cp.CHAT,      True,   {"stream_options": {"include_usage": False, "x": 1}}, {"stream_options": {"include_usage": True, "x": 1}}),
 ]
+
+
+# ---- tools and pictures, in three dialects ----
+
+NOTHING = {"type": "object", "properties": {}}
+
+
+def wire_tool(dialect: str, name: str, schema: Any = NOTHING, **more: Any) -> Json:
+    """A function tool as a dialect writes it."""
+    if dialect == cp.CHAT:
+        return {"type": "function", "function": {"name": name, "parameters": schema, **more}}
+    return {"name": name, "input_schema": schema, **more} if dialect == cp.MESSAGES else {"type": "function", "name": name, "parameters": schema, **more}
+
+
+def wire_choice(dialect: str, name: str) -> Json:
+    """A forced tool."""
+    return {cp.CHAT: {"type": "function", "function": {"name": name}}, cp.RESPONSES: {"type": "function", "name": name},
+            cp.MESSAGES: {"type": "tool", "name": name}}[dialect]
+
+
+def wire_calls(dialect: str, *names: str) -> Json:
+    """A conversation in which tools were called, answered and talked about."""
+    if dialect == cp.CHAT:
+        turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [
+            {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": "{}"}} for n, name in enumerate(names)]}]
+        return {"messages": turns + [{"role": "tool", "tool_call_id": f"c{n}", "content": "done"} for n, _ in enumerate(names)]}
+    if dialect == cp.MESSAGES:
+        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": [{"type": "tool_use", "id": f"c{n}", "name": name, "input": {}}
+                                                                                                  for n, name in enumerate(names)]},
+                             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"c{n}", "content": "done"} for n, _ in enumerate(names)]}]}
+    return {"input": [{"type": "message", "role": "user", "content": "go"},
+                      *[{"type": "function_call", "call_id": f"c{n}", "name": name, "arguments": "{}"} for n, name in enumerate(names)],
+                      *[{"type": "function_call_output", "call_id": f"c{n}", "output": "done"} for n, _ in enumerate(names)]]}
+
+
+def wire_images(dialect: str, *urls: str, inside: bool = False) -> Json:
+    """A turn that holds images, or a tool result that does; `note:` is the text in the place of one."""
+    def part(url: str) -> Json:
+        if url.startswith("note:"):
+            return {"type": "input_text" if dialect == cp.RESPONSES else "text", "text": f"[image omitted: {url[5:]}]"}
+        if dialect == cp.CHAT:
+            return {"type": "image_url", "image_url": {"url": url}}
+        if dialect == cp.RESPONSES:
+            return {"type": "input_image", "image_url": url}
+        source = {"type": "url", "url": url} if url.startswith("http") else {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+        return {"type": "image", "source": source}
+    parts = [part(url) for url in urls]
+    if not inside:
+        return {"input" if dialect == cp.RESPONSES else "messages": [{"role": "user", "content": parts}]}
+    body = wire_calls(dialect, "look")
+    if dialect == cp.MESSAGES:
+        body["messages"][-1]["content"][0]["content"] = parts
+    else:
+        (body["messages"] if dialect == cp.CHAT else body["input"])[-1].update({"content" if dialect == cp.CHAT else "output": parts})
+    return body
+
+
+def crowd(dialect: str, numbers: Iterable[int]) -> List[Json]:
+    """Tools 7 and 8 are the client's own, the others a server's."""
+    return [wire_tool(dialect, f"Own{n}" if n in (7, 8) else f"mcp__s__t{n}") for n in numbers]
+
+
+LONG, ODD = "mcp__a_server_with_a_long_name__" + "x" * 48, "files.read"
+LONG_WIRE, ODD_WIRE = cp.Names().shorten(LONG), "files_read"
+BAD_SCHEMA = {"type": None, "required": None, "properties": {"a": {"type": "string", "enum": ["x", None], "description": 5}, "b": None, "c": {"enum": [], "anyOf": [{"type": "null"}, None]}}}
+MENDED_SCHEMA = {"properties": {"a": {"type": "string", "enum": ["x"]}, "b": {}, "c": {"anyOf": [{"type": "null"}]}}, "type": "object"}
+UNHOSTED_EXAMPLES = {cp.CHAT: {"type": "web_search"}, cp.RESPONSES: {"type": "image_generation"}, cp.MESSAGES: {"type": "web_search_20250305", "name": "web_search"}}
+FOUND = {"type": "tool_reference", "tool_name": "gone"}
+
+
+def found(*blocks: Json) -> Json:
+    body = wire_calls(cp.MESSAGES, "search")
+    body["messages"][-1]["content"][0]["content"] = list(blocks)
+    return body
+
+
+for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {})):
+    own = [wire_tool(dialect, "f")]
+    EDITS += [
+        ("server_tools", dialect, False, {"tools": own + [UNHOSTED_EXAMPLES[dialect]], **stored}, {"tools": own, **stored}),
+        ("tool_limit",   dialect, False, {"tools": crowd(dialect, range(140)), "tool_choice": wire_choice(dialect, "mcp__s__t138"), **wire_calls(dialect, "mcp__s__t139"), **stored},
+                                         {"tools": crowd(dialect, [*range(126), 138, 139]), "tool_choice": wire_choice(dialect, "mcp__s__t138"),
+                                          **wire_calls(dialect, "mcp__s__t139"), **stored}),
+        ("tool_names",   dialect, False, {"tools": own + [wire_tool(dialect, LONG), wire_tool(dialect, ODD)], "tool_choice": wire_choice(dialect, LONG), **wire_calls(dialect, ODD, "f"), **stored},
+                                         {"tools": own + [wire_tool(dialect, LONG_WIRE), wire_tool(dialect, ODD_WIRE)], "tool_choice": wire_choice(dialect, LONG_WIRE),
+                                          **wire_calls(dialect, ODD_WIRE, "f"), **stored}),
+        ("schema",       dialect, False, {"tools": own + [wire_tool(dialect, "g", BAD_SCHEMA, description=None)], **stored}, {"tools": own + [wire_tool(dialect, "g", MENDED_SCHEMA)], **stored}),
+        ("images",       dialect, False, {**wire_images(dialect, PIXEL, png_url(9000, 10)), **stored},
+                                         {**wire_images(dialect, PIXEL, "note:9000x10 px is over the limit of 8000"), **stored}),
+        ("images",       dialect, False, {**wire_images(dialect, png_url(9, 9, 4_000_000), PIXEL, inside=True), **stored},
+                                         {**wire_images(dialect, "note:4000000 bytes is over the limit of 3145728", PIXEL, inside=True), **stored}),
+    ]
+EDITS += [
+    ("eager_input_streaming", cp.MESSAGES, False, {"tools": [wire_tool(cp.MESSAGES, "f", eager_input_streaming=True)]}, {"tools": [wire_tool(cp.MESSAGES, "f")]}),
+    ("speed",           cp.MESSAGES,  False, {"speed": "fast"}, {}),
+    ("namespaces",      cp.RESPONSES, False, {"tools": [{"type": "namespace", "name": "n", "description": " ", "tools": []}], **STORED},
+                                             {"tools": [{"type": "namespace", "name": "n", "description": "Tools of n", "tools": []}], **STORED}),
+    ("tool_references", cp.MESSAGES,  False, {"tools": [wire_tool(cp.MESSAGES, "f")], **found(FOUND, {"type": "tool_reference", "tool_name": "f"})},
+                                             {"tools": [wire_tool(cp.MESSAGES, "f")], **found({"type": "text", "text": "Tool gone loaded"}, {"type": "tool_reference", "tool_name": "f"})}),
+]
 # Bodies that nothing concerns: they go on as they came.
 CLEAN_BODIES = [
+    *[(dialect, False, {"tools": crowd(dialect, range(128)), "tool_choice": wire_choice(dialect, "Own7"), **wire_calls(dialect, "Own7", "gone"), **stored})
+      for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {}))],
+    *[(dialect, False, {**wire_images(dialect, PIXEL, "https://x.test/a.png", png_url(8000, 10, 3_145_728), inside=inside), **stored})
+      for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {})) for inside in (False, True)],
+    (cp.RESPONSES, False, {**STORED, "tools": [{"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+                                               {"type": "web_search"}, {"type": "tool_search", "execution": "client", "parameters": None}, {"type": "shell"},
+                                               {"type": "namespace", "name": "n", "description": "d", "tools": [wire_tool(cp.RESPONSES, "f")]}], "tool_choice": "required"}),
+    (cp.MESSAGES, False, {"tools": [{"type": "bash_20250124", "name": "bash"}, {"type": "text_editor_20250728", "name": "edit"}, wire_tool(cp.MESSAGES, "f", type="custom")],
+                          **found({"type": "tool_reference", "tool_name": "f"}, {"type": "text", "text": "tool_reference"})}),
+
     (cp.CHAT, False, {"messages": [{"role": "user", "content": '"service_tier" and "$schema"'}], "store": True}),
     (cp.CHAT, True, {**WITH_USAGE, "tools": [{"type": "function", "function": {"name": "f", "parameters": CLEAN_SCHEMA}}]}),
     (cp.RESPONSES, True, {**STORED, "input": [{"type": "function_call", "arguments": "{\"$schema\":1}"}], "tools": [{"type": "web_search"}, 5]}),
-    (cp.MESSAGES, True, {"tools": [{"name": "f", "input_schema": {"properties": {"service_tier": {}}}}], "store": True, "metadata": {"service_tier": "x"}}),
+    (cp.MESSAGES, True, {"tools": [{"name": "f", "input_schema": {"properties": {"service_tier": {}}, "type": "object"}}], "store": True, "metadata": {"service_tier": "x"}}),
     (cp.MESSAGES, False, {"tools": None, "stream_options": {}}),
 ]
 
@@ -8228,6 +8340,11 @@ def edited(body: Json, dialect: str, stream: bool, provider: str = "copilot") ->
     body = copy.deepcopy(body)
     changed = cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
     return body, changed, plan
+
+
+def asked_upstream(dialect: str, body: Optional[Json] = None, model: str = "") -> Any:
+    """What the checks of the scripted upstream look at."""
+    return argparse.Namespace(dialect=dialect, body=body or {}, model=model)
 
 
 class RequestEdits(unittest.TestCase):
@@ -8281,6 +8398,329 @@ class RequestEdits(unittest.TestCase):
                 ("context-1m-2025-08-07,Interleaved-Thinking-2025-05-14", [], ["context-1m-2025-08-07", "Interleaved-Thinking-2025-05-14"])):
             with self.subTest(header):
                 self.assertEqual(cp.sift_betas(header), (kept, dropped))
+
+
+class ToolRows(unittest.TestCase):
+    """Tools on their way up: what is set aside, what is mended, what is renamed."""
+
+    def kept(self, body: Json, dialect: str, **plan: Any) -> Tuple[Json, cp.Plan]:
+        """(the body after the edits, the plan); a second run changes nothing."""
+        plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
+        body = copy.deepcopy(body)
+        for changed in (True, False):
+            self.assertEqual(changed, cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan)))
+        return body, plan
+
+    def test_what_is_set_aside_is_named_once_and_shortly(self):
+        for dialect in DIALECTS_SERVED:
+            with self.subTest(dialect):
+                body, plan = self.kept({**STORED, "tools": crowd(dialect, range(130)) + [wire_tool(dialect, "mcp__ü,\n" + "x" * 99)]}, dialect)
+                self.assertEqual(["tool:mcp__s__t128", "tool:mcp__s__t129", "tool:mcp_____" + "x" * 72], plan.dropped)
+                _, plan = self.kept({**STORED, "tools": crowd(dialect, range(200))}, dialect)
+                self.assertEqual((17, "tool:+56"), (len(plan.dropped), plan.dropped[-1]))
+
+    def test_servers_tools_go_before_the_clients_own_and_those_before_called_ones(self):
+        for dialect in DIALECTS_SERVED:
+            own = [wire_tool(dialect, f"Own{n}") for n in range(127)]
+            mcp = [wire_tool(dialect, f"mcp__s__t{n}") for n in range(4)]
+            body, _ = self.kept({**STORED, "tools": mcp + own, **wire_calls(dialect, "mcp__s__t2")}, dialect)
+            self.assertEqual(mcp[2:3] + own, body["tools"])
+            body, _ = self.kept({**STORED, "tools": mcp + own + [wire_tool(dialect, "Late")], "tool_choice": wire_choice(dialect, "mcp__s__t3")}, dialect)
+            self.assertEqual(mcp[3:] + own, body["tools"])
+
+    def test_a_namespace_counts_its_tools_and_goes_with_the_last(self):
+        def namespace(name: str, *numbers: int) -> Json:
+            return {"type": "namespace", "name": name, "description": "d", "tools": [wire_tool(cp.RESPONSES, f"t{n}") for n in numbers]}
+        own = [wire_tool(cp.RESPONSES, f"Own{n}") for n in range(126)]
+        body, plan = self.kept({**STORED, "tools": [namespace("a", 1, 2, 3), namespace("b", 4), *own], **wire_calls(cp.RESPONSES, "t3")}, cp.RESPONSES)
+        self.assertEqual([namespace("a", 1, 3), *own], body["tools"])
+        self.assertEqual(["tool:t2", "tool:t4"], plan.dropped)
+
+    def test_deferred_tools_of_claude_are_not_counted(self):
+        tools = [wire_tool(cp.MESSAGES, f"f{n}", defer_loading=n > 99) for n in range(300)]
+        self.assertEqual(({"tools": tools}, False), edited({"tools": tools}, cp.MESSAGES, False)[:2])
+
+    def test_a_choice_that_points_at_a_tool_set_aside_goes_with_it(self):
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "image_generation"}, {"type": "function", "name": "f"}]}
+        nested = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "web_search"}, wire_choice(cp.CHAT, "f")]}}
+        for dialect, choice, wanted in (
+                (cp.RESPONSES, {"type": "image_generation"}, None), (cp.RESPONSES, wire_choice(cp.RESPONSES, "f"), wire_choice(cp.RESPONSES, "f")),
+                (cp.RESPONSES, allowed, {**allowed, "tools": allowed["tools"][1:]}), (cp.RESPONSES, {**allowed, "tools": allowed["tools"][:1]}, None),
+                (cp.CHAT, nested, {**nested, "allowed_tools": {"mode": "auto", "tools": [wire_choice(cp.CHAT, "f")]}}), (cp.MESSAGES, {"type": "tool", "name": "web_search"}, None),
+                (cp.MESSAGES, {"type": "any"}, {"type": "any"}), (cp.CHAT, "required", "required")):
+            with self.subTest(dialect, choice=choice):
+                body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, "f"), UNHOSTED_EXAMPLES[dialect]], "tool_choice": choice}, dialect)
+                self.assertEqual(wanted, body.get("tool_choice"))
+                self.assertEqual(1, len(plan.dropped), plan.dropped)
+
+    def test_a_function_of_the_same_name_keeps_its_choice(self):
+        tools = [UNHOSTED_EXAMPLES[cp.MESSAGES], wire_tool(cp.MESSAGES, "web_search")]
+        body, _ = self.kept({"tools": tools, "tool_choice": wire_choice(cp.MESSAGES, "web_search")}, cp.MESSAGES)
+        self.assertEqual({"tools": tools[1:], "tool_choice": wire_choice(cp.MESSAGES, "web_search")}, body)
+
+    def test_without_a_tool_left_the_fields_about_tools_go_too(self):
+        for dialect in DIALECTS_SERVED:
+            body, _ = self.kept({**STORED, "tools": [UNHOSTED_EXAMPLES[dialect]], "tool_choice": "required", "parallel_tool_calls": True}, dialect)
+            self.assertEqual(STORED, body)
+            sent = {**STORED, "tools": [UNHOSTED_EXAMPLES[dialect]], **wire_calls(dialect, "f", "f")}
+            body, _ = self.kept(sent, dialect)
+            self.assertEqual([wire_tool(dialect, "f")] if dialect == cp.MESSAGES else None, body.get("tools"))
+
+    def test_every_kind_upstream_would_have_to_run_is_set_aside(self):
+        for dialect, kinds in ((cp.RESPONSES, ("file_search", "code_interpreter", "computer_use_preview", "computer", "mcp", "local_shell", "image_generation")),
+                               (cp.MESSAGES, ("web_search_20260209", "web_fetch_20250910", "code_execution_20250825", "computer_20250124", "mcp_toolset"))):
+            for kind in kinds:
+                body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, "f"), {"type": kind}]}, dialect)
+                self.assertEqual(([wire_tool(dialect, "f")], [f"tool:{kind}"]), (body["tools"], plan.dropped))
+
+    def test_a_tool_set_aside_is_named_as_its_client_calls_it(self):
+        plan = cp.Plan(cp.RESPONSES, upstream_dialect=cp.CHAT, road="translated")
+        wire = plan.names.shorten("list", "github")
+        body = {"tools": [wire_tool(cp.CHAT, f"Own{n}") for n in range(128)] + [wire_tool(cp.CHAT, wire)]}
+        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        self.assertEqual(["tool:github.list"], plan.dropped)
+
+    def test_speed_is_named(self):
+        self.assertEqual(["field:speed"], self.kept({"speed": "fast"}, cp.MESSAGES)[1].dropped)
+
+    # (what a client sends, what goes on); everywhere, if not said otherwise
+    SCHEMAS = [
+        (None, NOTHING), ("x", NOTHING), ([], NOTHING), (True, NOTHING), ({}, NOTHING), ({"type": "object"}, NOTHING), ({"type": "object", "properties": None}, NOTHING),
+        ({"type": "string"}, NOTHING), ({"properties": {"a": {}}}, {"properties": {"a": {}}, "type": "object"}),
+        ({**NOTHING, "required": True, "additionalProperties": None, "title": None, "description": {"x": 1}}, NOTHING),
+        ({**NOTHING, "required": ["a", None, 5]}, {**NOTHING, "required": ["a"]}),
+        ({"type": ["object", "null"], "properties": {}}, NOTHING),
+        ({**NOTHING, "anyOf": None, "oneOf": [], "allOf": {}}, NOTHING),
+        ({**NOTHING, "$defs": {"d": {"items": None, "enum": "x"}}}, {**NOTHING, "$defs": {"d": {}}}),
+        ({**NOTHING, "oneOf": [{"$ref": "#/$defs/d"}, {"properties": {"b": {}}, "required": ["b", "c"]}], "$defs": {"d": {"properties": {"a": {}}, "required": ["c"]}}},
+         {"type": "object", "properties": {"b": {}, "a": {}}, "$defs": {"d": {"properties": {"a": {}}, "required": ["c"]}}, "required": ["c"]}),
+        ({"allOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]}, {"properties": {"a": {}}, "required": ["a", "b"], "type": "object"}),
+    ]
+    # (a property a client sends, what goes on)
+    PROPERTIES = [
+        ({"type": "string", "enum": ["a", None]}, {"type": "string", "enum": ["a"]}), ({"type": "string", "enum": [None]}, {"type": "string"}), ({"enum": None}, {}),
+        ({"enum": {}}, {}), ({"type": [None, "string", 5]}, {"type": ["string"]}), ({"type": []}, {}), ({"type": 5}, {}), ({"not": 5, "if": None}, {}),
+        ({"type": "array", "items": {"anyOf": [None]}}, {"type": "array", "items": {}}), ({"items": [None, {"type": None}]}, {"items": [{}]}),
+        ({"type": "object", "properties": {"x": {"anyOf": [{"oneOf": [{"description": []}]}]}}}, {"type": "object", "properties": {"x": {"anyOf": [{"oneOf": [{}]}]}}}),
+        ({"type": "object", "additionalProperties": {"type": None}}, {"type": "object", "additionalProperties": {}}),
+    ]
+    # A property that is fine, and stays the same object.
+    FINE = [{"enum": ["a", None]}, {"type": ["string", "null"], "enum": ["a", None]}, {"type": "null", "enum": [None]}, {"default": None, "const": None}, {"items": False}, True,
+            {"anyOf": [{"type": "null"}, True]}, {"properties": {"enum": {}, "type": {}, "required": {}}}, {"x-odd": [None], "examples": [None]}]
+
+    def test_a_bad_schema_is_mended_in_every_dialect(self):
+        nested = [({**NOTHING, "properties": {"p": sent}}, {**NOTHING, "properties": {"p": wanted}}) for sent, wanted in self.PROPERTIES]
+        for dialect in DIALECTS_SERVED:
+            for sent, wanted in self.SCHEMAS + nested:
+                with self.subTest(dialect, sent=sent):
+                    body, _ = self.kept({**STORED, "tools": [wire_tool(dialect, "f", sent)]}, dialect)
+                    self.assertEqual([wire_tool(dialect, "f", wanted)], body["tools"])
+                    self.assertFalse(schema_fault(wanted, asked_upstream(dialect)))
+
+    def test_a_tool_without_a_schema_gets_one(self):
+        for dialect in DIALECTS_SERVED:
+            bare = wire_tool(dialect, "f")
+            bare.get("function", bare).pop("input_schema" if dialect == cp.MESSAGES else "parameters")
+            self.assertEqual([wire_tool(dialect, "f")], self.kept({**STORED, "tools": [bare]}, dialect)[0]["tools"])
+
+    def test_a_schema_that_is_fine_stays_the_same_object(self):
+        schema = {**NOTHING, "properties": {str(number): value for number, value in enumerate(self.FINE)}, "required": [], "additionalProperties": False}
+        for rules in (*cp.SCHEMA_RULES.values(), cp.GEMINI_SCHEMA_RULES):
+            self.assertIs(CLEAN_SCHEMA, cp.mended_parameters(CLEAN_SCHEMA, rules))
+        for rules in cp.SCHEMA_RULES.values():
+            self.assertIs(schema, cp.mended_parameters(schema, rules))
+
+    def test_a_mended_schema_does_not_change_the_one_it_was(self):
+        before = copy.deepcopy(BAD_SCHEMA)
+        cp.mended_parameters(BAD_SCHEMA, cp.GEMINI_SCHEMA_RULES)
+        self.assertEqual(before, BAD_SCHEMA)
+
+    def test_arrays_say_what_they_hold_where_openai_or_google_validate(self):
+        schema = {**NOTHING, "properties": {"a": {"type": "array"}, "b": {"type": ["array", "null"], "items": None}}}
+        wanted = {**NOTHING, "properties": {"a": {"type": "array", "items": {}}, "b": {"type": ["array", "null"], "items": {}}}}
+        for dialect in (cp.CHAT, cp.RESPONSES):
+            self.assertEqual([wire_tool(dialect, "f", wanted)], self.kept({**STORED, "tools": [wire_tool(dialect, "f", schema)]}, dialect)[0]["tools"])
+        self.assertEqual({"a": {"type": "array"}, "b": {"type": ["array", "null"]}}, cp.mended_parameters(schema, cp.SCHEMA_RULES[cp.MESSAGES])["properties"])
+
+    def test_gemini_gets_one_type_and_enums_of_strings(self):
+        sent = {"a": {"type": ["null", "string"], "enum": ["x", 1, None]}, "b": {"type": "integer", "enum": [1, 2]}, "c": {"enum": [1, True, "x"]},
+                "d": {"type": ["array", "null"], "items": {"type": "integer"}, "enum": [1]}, "e": {"type": ["null"]}, "f": {"type": "string", "enum": ["y"]}}
+        wanted = {"a": {"type": "string", "enum": ["x", "1"]}, "b": {"type": "integer"}, "c": {"enum": ["1", "true", "x"]},
+                  "d": {"type": "array", "items": {"type": "integer"}}, "e": {"type": "null"}, "f": {"type": "string", "enum": ["y"]}}
+        tools = [wire_tool(cp.CHAT, "f", {**NOTHING, "properties": sent})]
+        self.assertEqual([wire_tool(cp.CHAT, "f", {**NOTHING, "properties": wanted})], self.kept({"tools": tools}, cp.CHAT, model="gemini-3.1-pro-preview")[0]["tools"])
+
+    def test_odd_schemas_raise_nothing_and_pass_a_validator_afterwards(self):
+        chance = random.Random(41)
+        words = ("type", "properties", "enum", "items", "anyOf", "allOf", "required", "$defs", "description", "additionalProperties", "not", "$ref")
+        leaves = (None, True, 5, "string", "array", "object", [], {}, [None, "null"], ["a"], "#/$defs/type", "#/properties/type")
+
+        def odd(depth: int) -> Any:
+            kind = chance.random()
+            if depth == 0 or kind < 0.3:
+                return chance.choice(leaves)
+            if kind < 0.5:
+                return [odd(depth - 1) for _ in range(2)]
+            return {chance.choice(words): odd(depth - 1) for _ in range(3)}
+        for _ in range(2000):
+            dialect = chance.choice(DIALECTS_SERVED)
+            body = {"tools": [wire_tool(dialect, "f", odd(5))]}
+            plan = cp.Plan(dialect, upstream_dialect=dialect, model=chance.choice(("gpt-5", "gemini-3-flash")))
+            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+            ask = asked_upstream(dialect, body, plan.model if dialect == cp.CHAT else "")
+            self.assertFalse(bad_tool_schema(ask), body)
+            self.assertFalse(cp.mend_tool_schemas(body, plan), body)
+
+    def test_odd_bodies_raise_nothing(self):
+        chance = random.Random(47)
+        keys = ("tools", "tool_choice", "messages", "input", "content", "name", "type", "function", "custom", "tool_calls", "tool_name", "allowed_tools", "role", "output", "description")
+        leaves = ("namespace", "tool_use", "tool_result", "tool_reference", "function_call", "computer", "f.g", "tool", None, 5, [], {}, "function", "custom", "web_search_20250305")
+
+        def odd(depth: int) -> Any:
+            kind = chance.random()
+            if depth == 0 or kind < 0.3:
+                return chance.choice(leaves)
+            return [odd(depth - 1) for _ in range(2)] if kind < 0.6 else {chance.choice(keys): odd(depth - 1) for _ in range(4)}
+        for _ in range(3000):
+            dialect = chance.choice(DIALECTS_SERVED)
+            tools = [odd(3) for _ in range(chance.choice((3, 3, 140)))]
+            body = {"tools": tools, "tool_choice": odd(3), chance.choice(("messages", "input")): [odd(4) for _ in range(3)]}
+            plan = edited(body, dialect, False)[2]
+            cp.restore_tool_names({name: odd(3) for name in ("choices", "output", "response", "item", "content_block", "content", "tool_calls", "type")}, plan)
+
+    def test_two_tools_never_share_a_name(self):
+        names = ["a.b", "a_b", "a/b", "f" * 64, "f" * 65, "f" * 66]
+        for dialect in DIALECTS_SERVED:
+            body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, name) for name in names]}, dialect)
+            wire = [cp.tool_label(tool) for tool in body["tools"]]
+            self.assertEqual(len(names), len(set(wire)))
+            self.assertTrue(all(cp.WIRE_NAME.fullmatch(name) for name in wire))
+            self.assertEqual(["a_b", "f" * 64], [name for name in wire if name in names])
+            self.assertEqual(names, [plan.names.restore(name)[0] for name in wire])
+
+    def test_names_are_shortened_wherever_they_stand(self):
+        nested = {"type": "namespace", "name": "n", "description": "d", "tools": [wire_tool(cp.RESPONSES, ODD)]}
+        loaded = {"type": "tool_search_output", "call_id": "c9", "tools": [wire_tool(cp.RESPONSES, LONG)]}
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [wire_choice(cp.RESPONSES, ODD)]}
+        body, _ = self.kept({**STORED, "tools": [nested], "tool_choice": allowed, "input": [loaded, {"type": "custom_tool_call", "name": ODD, "input": ODD}]}, cp.RESPONSES)
+        self.assertEqual(dict(body, input=None), {**STORED, "tools": [dict(nested, tools=[wire_tool(cp.RESPONSES, ODD_WIRE)])],
+                                                  "tool_choice": dict(allowed, tools=[wire_choice(cp.RESPONSES, ODD_WIRE)]), "input": None})
+        self.assertEqual(body["input"], [dict(loaded, tools=[wire_tool(cp.RESPONSES, LONG_WIRE)]), {"type": "custom_tool_call", "name": ODD_WIRE, "input": ODD}])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, LONG)], **found({"type": "tool_reference", "tool_name": LONG})}, cp.MESSAGES)
+        self.assertEqual([{"type": "tool_reference", "tool_name": LONG_WIRE}], body["messages"][-1]["content"][0]["content"])
+
+    def test_an_answer_comes_back_under_the_tools_own_names(self):
+        action = ModelAction(text=f"I call {ODD_WIRE}", calls=[ModelCall(LONG_WIRE, {"a": LONG_WIRE}), ModelCall(ODD_WIRE), ModelCall("f")], stop="tool")
+        for dialect in DIALECTS_SERVED:
+            _, plan = self.kept({**STORED, "tools": [wire_tool(dialect, name) for name in (LONG, ODD, "f")]}, dialect)
+            with ScriptedUpstream() as upstream:
+                upstream.model = lambda *_: action
+                for stream in (False, True):
+                    with self.subTest(dialect, stream=stream):
+                        codec, data = cp.CODECS[dialect], self.answered(upstream, dialect, stream)
+                        patch = cp.RestoredNames(plan)
+                        if stream:
+                            frames = cp.split_frames(data)
+                            self.assertTrue(patch.touches(data))
+                            calm = [frame for frame in frames if not patch.touches(frame)]
+                            self.assertEqual(calm, [patch.edit(frame) for frame in calm])
+                            reply = cp.collect(codec.decode_stream([cp.parse_frames(b"".join(map(patch.edit, frames)))]))
+                        else:
+                            whole = json.loads(data)
+                            self.assertTrue(cp.restore_tool_names(whole, plan))
+                            self.assertFalse(cp.restore_tool_names(whole, plan))
+                            reply = codec.decode_reply(whole)
+                        self.assertEqual([LONG, ODD, "f"], [block.name for block in reply.content if isinstance(block, cp.ToolCall)])
+                        self.assertIn(ODD_WIRE, json.dumps(cp.CODECS[cp.CHAT].encode_reply(reply, None)))
+
+    @staticmethod
+    def answered(upstream: Any, dialect: str, stream: bool) -> bytes:
+        """What upstream answers to a request with nothing special, as bytes."""
+        token = json.loads(urllib.request.urlopen(urllib.request.Request(upstream.url + "/copilot_internal/v2/token", headers={"Authorization": "token ghu_test"})).read())["token"]
+        path, body = streaming(dialect) if stream else asking(dialect)
+        request = urllib.request.Request(upstream.url + UPSTREAM_PATHS[dialect], cp.dump_json(body), {**IDENTITY, "Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request) as answer:
+            return answer.read()
+
+    def test_nothing_is_restored_where_nothing_was_renamed(self):
+        plan = edited({"tools": [wire_tool(cp.CHAT, "f")]}, cp.CHAT, False)[2]
+        self.assertFalse(cp.RestoredNames(plan).touches(b'data: {"name":"f"}\n\n'))
+        self.assertFalse(cp.restore_tool_names({"choices": [{"message": {"tool_calls": [{"function": {"name": ["f"]}}]}}, 5]}, plan))
+
+
+class PictureRows(unittest.TestCase):
+    """Images on their way up: the newest win, what is too large becomes a note."""
+
+    def told(self, dialect: str, body: Json, **plan: Any) -> Tuple[Json, cp.Plan]:
+        plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
+        plan.caller.vision = True
+        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        return body, plan
+
+    def record(self, **vision: Any) -> Json:
+        return {"capabilities": {"limits": {"vision": vision}}}
+
+    def test_the_newest_images_win(self):
+        for dialect, inside in itertools.product(DIALECTS_SERVED, (False, True)):
+            with self.subTest(dialect, inside=inside):
+                urls = [png_url(9, n) for n in range(1, 6)]
+                body, plan = self.told(dialect, {**STORED, **wire_images(dialect, *urls, inside=inside)}, record=self.record(max_prompt_images=2), model="gpt-4o")
+                self.assertEqual({**STORED, **wire_images(dialect, *["note:only the newest 2 are sent"] * 3, *urls[3:], inside=inside)}, body)
+                self.assertEqual((["image:3"], True), (plan.dropped, plan.caller.vision))
+
+    def test_an_image_that_is_too_large_takes_no_ones_place(self):
+        body, _ = self.told(cp.CHAT, wire_images(cp.CHAT, PIXEL, png_url(9000, 1), png_url(9, 9, 4_000_000)), record=self.record(max_prompt_images=1), model="gpt-4o")
+        self.assertEqual(wire_images(cp.CHAT, PIXEL, "note:9000x1 px is over the limit of 8000", "note:4000000 bytes is over the limit of 3145728"), body)
+
+    def test_limits_come_from_the_settings_then_the_record_then_the_brand(self):
+        for model, record, asked, wanted in (
+                ("gpt-4o", self.record(max_prompt_images=3, max_prompt_image_size=500), cp.ImageLimits(), (500, 8000, 3)),
+                ("gpt-4o", self.record(max_prompt_images=3), cp.ImageLimits(7, 70, 700), (7, 70, 700)),
+                ("claude-opus-4.6", self.record(max_prompt_images=1), cp.ImageLimits(), (3_145_728, 8000, 20)),
+                ("gemini-2.5-pro", None, cp.ImageLimits(), (3_145_728, 8000, 10)),
+                ("gpt-4o", self.record(max_prompt_images="x"), cp.ImageLimits(), (3_145_728, 2000, 30)),
+                ("claude-opus-4.6", {}, cp.ImageLimits(count=21), (3_145_728, 2000, 21)),
+                ("claude-opus-4.6", {"capabilities": 5}, cp.ImageLimits(pixels=5000, count=99), (3_145_728, 5000, 99))):
+            with self.subTest(model, record=record, asked=asked):
+                limits = cp.image_limits(cp.Plan(cp.CHAT, model=model, record=record, image_limits=asked), 30)
+                self.assertEqual(wanted, (limits.bytes, limits.pixels, limits.count))
+
+    def test_many_images_have_to_be_smaller(self):
+        for number, wanted in ((20, True), (21, False)):
+            urls = [png_url(2001, 9)] + [PIXEL] * (number - 1)
+            self.assertEqual(wanted, self.told(cp.CHAT, wire_images(cp.CHAT, *urls), model="gpt-4o")[0] == wire_images(cp.CHAT, *urls))
+
+    def test_the_vision_header_follows_the_images_that_are_left(self):
+        for dialect, inside in itertools.product(DIALECTS_SERVED, (False, True)):
+            for urls, wanted in (((png_url(9000, 9),), False), ((png_url(9000, 9), PIXEL), True), ((PIXEL,), True)):
+                self.assertEqual(wanted, self.told(dialect, wire_images(dialect, *urls, inside=inside))[1].caller.vision)
+
+    def test_a_translation_that_lost_its_images_needs_no_vision_header(self):
+        self.assertFalse(self.told(cp.CHAT, {"messages": []}, road="translated")[1].caller.vision)
+        self.assertTrue(self.told(cp.CHAT, {"messages": []})[1].caller.vision)  # in a place that is not known here
+
+    def test_a_cache_mark_survives_its_image(self):
+        body = wire_images(cp.MESSAGES, png_url(9000, 9))
+        body["messages"][0]["content"][0]["cache_control"] = {"type": "ephemeral"}
+        self.assertEqual({"type": "ephemeral"}, self.told(cp.MESSAGES, body)[0]["messages"][0]["content"][0]["cache_control"])
+
+    def test_an_image_costs_its_head_only(self):
+        urls = [png_url(800, 600, 3_000_000)] * 20
+        body, plan = wire_images(cp.MESSAGES, *urls), cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES, model="claude-opus-4.6")
+        decoded = []
+        kept, cp.decode_base64 = cp.decode_base64, lambda text, limit=None: decoded.append(limit) or kept(text, limit)
+        try:
+            self.assertFalse(cp.limit_images(body, plan))
+        finally:
+            cp.decode_base64 = kept
+        self.assertEqual([cp.IMAGE_HEAD_BYTES] * 20, decoded)
+
+    def test_odd_images_raise_nothing(self):
+        chance = random.Random(43)
+        for _ in range(500):
+            part = {"type": chance.choice(("image", "image_url", "input_image", "tool_result")), "source": random_json(chance), "image_url": random_json(chance), "content": [random_json(chance)]}
+            dialect = chance.choice(DIALECTS_SERVED)
+            self.told(dialect, {"input" if dialect == cp.RESPONSES else "messages": [{"content": [part, random_json(chance)], "output": random_json(chance)}, random_json(chance)]})
 
 
 class FrameEdits(unittest.TestCase):
@@ -8473,12 +8913,6 @@ class TokenEstimatorTest(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [])
-
-
-def png_header(width: int, height: int) -> bytes:
-    rows = zlib.compress(b"\0" * 64)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
 
 
 def gif_header(width: int, height: int) -> bytes:
