@@ -13357,9 +13357,19 @@ class Untouched(RelayCase):
         "model": (cp.MESSAGES, {"model": "claude-opus-4-6"}, {"model": "claude-opus-4.6"}),
         "service_tier": (cp.CHAT, {"service_tier": "auto"}, {"service_tier": None}),
         "store": (cp.RESPONSES, {"store": True}, {"store": False}),
-        "$schema": (cp.MESSAGES, {"tools": [{"name": "f", "input_schema": {"$schema": "x", "type": "object"}}]},
-                    {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}),
+        "$schema": (cp.MESSAGES, {"tools": [wire_tool(cp.MESSAGES, "f", {"$schema": "x", **NOTHING})]}, {"tools": [wire_tool(cp.MESSAGES, "f")]}),
         "include_usage": (cp.CHAT, {"stream": True}, {"stream_options": {"include_usage": True}}),
+        "eager_input_streaming": (cp.MESSAGES, {"tools": [wire_tool(cp.MESSAGES, "f", eager_input_streaming=True)]}, {"tools": [wire_tool(cp.MESSAGES, "f")]}),
+        "speed": (cp.MESSAGES, {"speed": "fast"}, {"speed": None}),
+        "namespaces": (cp.RESPONSES, {**STORED, "tools": [{"type": "namespace", "name": "n", "description": "", "tools": [wire_tool(cp.RESPONSES, "f")]}]},
+                       {"tools": [{"type": "namespace", "name": "n", "description": "Tools of n", "tools": [wire_tool(cp.RESPONSES, "f")]}]}),
+        "server_tools": (cp.MESSAGES, {"tools": [UNHOSTED_EXAMPLES[cp.MESSAGES]]}, {"tools": None}),
+        "tool_limit": (cp.CHAT, {"tools": crowd(cp.CHAT, range(140))}, {"tools": crowd(cp.CHAT, range(128))}),
+        "tool_references": (cp.MESSAGES, {"tools": [wire_tool(cp.MESSAGES, "search")], **found(FOUND)},
+                            {"tools": [wire_tool(cp.MESSAGES, "search")], **found({"type": "text", "text": "Tool gone loaded"})}),
+        "tool_names": (cp.CHAT, {"tools": [wire_tool(cp.CHAT, LONG)]}, {"tools": [wire_tool(cp.CHAT, LONG_WIRE)]}),
+        "schema": (cp.MESSAGES, {"tools": [wire_tool(cp.MESSAGES, "f", BAD_SCHEMA)]}, {"tools": [wire_tool(cp.MESSAGES, "f", MENDED_SCHEMA)]}),
+        "images": (cp.CHAT, wire_images(cp.CHAT, png_url(9000, 9)), wire_images(cp.CHAT, "note:9000x9 px is over the limit of 8000")),
     }
 
     def test_every_edit_has_a_row_here(self):
@@ -16237,6 +16247,102 @@ class AnyClientAnyModel(RelayCase):
                     body["generationConfig"].update(stopSequences=["X"], responseMimeType="application/json", responseJsonSchema=CITY_SCHEMA, seed=1)
                 answer = self.post(path, body)
                 self.assertEqual(200, answer.status, answer.text[:400])
+
+
+class ToolsAndPictures(RelayCase):
+    """One bad tool, one huge picture: the turn succeeds in one upstream call, on both roads."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.gateway.app.models.current().records[MODEL_OF[cp.MESSAGES]]["supported_endpoints"] = ["/v1/messages"]
+
+    LONG_NAMES = [f"mcp__a_server_with_a_long_name__{letter * 48}" for letter in "abc"]
+    TOOLS = [cp.Tool(name, "d", CITY_SCHEMA) for name in LONG_NAMES] + [cp.Tool("bad", "d", BAD_SCHEMA)] + [cp.Tool(f"mcp__s__t{n}", "d", CITY_SCHEMA) for n in range(136)]
+    ASIDE = ",".join(f"tool:mcp__s__t{n}" for n in range(124, 136))
+    # The names of calls that are passed through come back once the room's row has a frame edit (Quirk.frames, RestoredNames).
+    RESTORED = hasattr(cp.Quirk, "frames")
+
+    def asked(self, dialect: str, upstream: str, streamed: bool, **request: Any) -> Tuple[Reply, Seen]:
+        """The answer to a request of the hub's in a client's dialect, and what upstream got: one request."""
+        value = cp.Request(MODEL_OF[upstream], stream=streamed, max_tokens=999, **request)
+        path = (GEMINI_STREAM_PATH if streamed else GEMINI_PATH).format(value.model) if dialect == cp.GEMINI else ASK[dialect][0]
+        before = len(self.upstream.seen(UPSTREAM_PATHS[upstream]))
+        answer = self.post(path, cp.CODECS[dialect].encode_request(value))
+        self.assertEqual(200, answer.status, answer.text[:300])
+        seen = self.upstream.seen(UPSTREAM_PATHS[upstream])[before:]
+        self.assertEqual(1, len(seen))
+        return answer, seen[0]
+
+    def call_long_names(self, dialect: str, body: Json, attempt: int) -> ModelAction:
+        """The model calls each tool whose name is as long as upstream allows."""
+        names = [(tool.get("function") or tool)["name"] for tool in body["tools"]]
+        return ModelAction(calls=[ModelCall(name, {"city": "Köln"}) for name in names if len(name) == 64], stop="tool")
+
+    def test_too_many_tools_bad_schemas_and_long_names_cost_one_call(self):
+        self.upstream.model = self.call_long_names
+        said = [cp.Message("user", [cp.Text("hi")])]
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                answer, seen = self.asked(dialect, upstream, streamed, messages=said, tools=self.TOOLS)
+                self.assertEqual(128, len(seen.body["tools"]))
+                self.assertEqual(self.ASIDE, answer.headers["x-copilot-api-dropped"])
+                self.assertEqual(self.ASIDE, self.row(answer)["dropped"])
+                if self.RESTORED or dialect != upstream:
+                    self.assertEqual(self.LONG_NAMES, self.called(dialect, answer, streamed))
+
+    def called(self, dialect: str, answer: Reply, streamed: bool) -> List[str]:
+        codec = cp.CODECS[dialect]
+        reply = cp.collect(codec.decode_stream([cp.parse_frames(answer.body)])) if streamed else codec.decode_reply(answer.json)
+        return [block.name for block in reply.content if isinstance(block, cp.ToolCall)]
+
+    def test_the_next_turn_with_such_calls_costs_one_call_too(self):
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                calls = [cp.ToolCall(f"c{n}", name, "{}") for n, name in enumerate([*self.LONG_NAMES, "mcp__s__t135"])]
+                turns = [cp.Message("user", [cp.Text("hi")]), cp.Message("assistant", calls), cp.Message("user", [cp.ToolResult(call.id, [cp.Text("ok")]) for call in calls])]
+                answer, seen = self.asked(dialect, upstream, streamed, messages=turns, tools=self.TOOLS)
+                names = [cp.tool_label(tool) for tool in seen.body["tools"]]
+                self.assertEqual((128, "mcp__s__t135"), (len(names), names[-1]))
+                for call in itertools.chain(*map(cp.calls_in, cp.turns_of(seen.body))):
+                    self.assertIn(cp.tool_label(call), names)
+                self.assertNotIn("t135", answer.headers["x-copilot-api-dropped"])
+
+    def test_huge_pictures_become_notes_and_the_header_follows(self):
+        huge, fine = (cp.Image("image/png", url.partition(",")[2]) for url in (png_url(9000, 9), PIXEL))
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            for images in ([huge], [huge, fine]):
+                with self.subTest(client=dialect, upstream=upstream, stream=streamed, images=len(images)):
+                    turns = [cp.Message("user", images + [cp.Text("what is it?")])]
+                    answer, seen = self.asked(dialect, upstream, streamed, messages=turns)
+                    self.assertIn("[image omitted: 9000x9 px is over the limit of 8000]", json.dumps(seen.body))
+                    self.assertEqual("true" if fine in images else None, seen.headers.get("copilot-vision-request"))
+                    self.assertEqual("image:1", answer.headers["x-copilot-api-dropped"])
+
+    def test_pictures_in_tool_results_are_looked_at_too(self):
+        for dialect, upstream in itertools.product(DIALECTS_SERVED, MODEL_OF):
+            for urls in ([png_url(9000, 9)], [png_url(9, 9, 3_200_000), PIXEL]):
+                with self.subTest(client=dialect, upstream=upstream, images=len(urls)):
+                    answer = self.post(ASK[dialect][0], {**asking(dialect, model=MODEL_OF[upstream])[1], **wire_images(dialect, *urls, inside=True),
+                                                         "tools": [wire_tool(dialect, "look")]})
+                    self.assertEqual(200, answer.status, answer.text[:300])
+                    seen = self.upstream.seen(UPSTREAM_PATHS[upstream])[-1]
+                    self.assertIn("[image omitted: ", json.dumps(seen.body))
+                    self.assertEqual("true" if len(urls) == 2 else None, seen.headers.get("copilot-vision-request"))
+
+    def test_the_operators_limits_count(self):
+        gateway = self.start(config={**QUICK, "images": {"maxCount": 2, "maxDimension": 100, "maxBytes": 1000}})
+        urls = [PIXEL, PIXEL, PIXEL, png_url(101, 9), png_url(9, 9, 1001)]
+        for dialect in DIALECTS_SERVED:
+            answer = self.ask("POST", ASK[dialect][0], {**asking(dialect)[1], **wire_images(dialect, *urls)}, gateway=gateway)
+            self.assertEqual((200, "image:3"), (answer.status, answer.headers["x-copilot-api-dropped"]))
+            sent = self.upstream.seen(UPSTREAM_PATHS[dialect])[-1].body
+            self.assertEqual(wire_images(dialect, "note:only the newest 2 are sent", PIXEL, PIXEL, "note:101x9 px is over the limit of 100",
+                                         "note:1001 bytes is over the limit of 1000"), {name: sent[name] for name in ("messages", "input") if name in sent})
+
+    def test_counting_tokens_takes_the_same_bodies(self):
+        body = {**asking(cp.MESSAGES)[1], "tools": [wire_tool(cp.MESSAGES, "f", BAD_SCHEMA), {"name": LONG}, UNHOSTED_EXAMPLES[cp.MESSAGES]]}
+        answer = self.post("/v1/messages/count_tokens", body)
+        self.assertNotIn("estimated", answer.json)
 
 
 class FittedThinking(unittest.TestCase):
