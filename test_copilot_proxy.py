@@ -8606,6 +8606,8 @@ class ToolRows(unittest.TestCase):
         self.assertEqual(dict(body, input=None), {**STORED, "tools": [dict(nested, tools=[wire_tool(cp.RESPONSES, ODD_WIRE)])],
                                                   "tool_choice": dict(allowed, tools=[wire_choice(cp.RESPONSES, ODD_WIRE)]), "input": None})
         self.assertEqual(body["input"], [dict(loaded, tools=[wire_tool(cp.RESPONSES, LONG_WIRE)]), {"type": "custom_tool_call", "name": ODD_WIRE, "input": ODD}])
+        body, _ = self.kept({"messages": [{"role": "tool", "tool_call_id": "c1", "name": ODD, "content": ODD}]}, cp.CHAT)
+        self.assertEqual([{"role": "tool", "tool_call_id": "c1", "name": ODD_WIRE, "content": ODD}], body["messages"])
         body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, LONG)], **found({"type": "tool_reference", "tool_name": LONG})}, cp.MESSAGES)
         self.assertEqual([{"type": "tool_reference", "tool_name": LONG_WIRE}], body["messages"][-1]["content"][0]["content"])
 
@@ -8641,6 +8643,18 @@ class ToolRows(unittest.TestCase):
         request = urllib.request.Request(upstream.url + UPSTREAM_PATHS[dialect], cp.dump_json(body), {**IDENTITY, "Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request) as answer:
             return answer.read()
+
+    def test_the_frame_that_ends_the_arguments_names_the_tool_too(self):
+        _, plan = self.kept({**STORED, "tools": [wire_tool(cp.RESPONSES, ODD)]}, cp.RESPONSES)
+        done = {"type": "response.function_call_arguments.done", "item_id": "fc_1", "name": ODD_WIRE, "arguments": "{}"}
+        self.assertEqual({**done, "name": ODD}, cp.frame_json(cp.RestoredNames(plan).edit(cp.format_sse(done["type"], done))))
+
+    def test_a_body_shaped_anew_names_nothing_twice(self):
+        plan = cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES)
+        for _ in range(2):
+            body = {"tools": crowd(cp.MESSAGES, range(129)), "speed": "fast", **wire_images(cp.MESSAGES, png_url(9000, 9))}
+            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        self.assertEqual(["field:speed", "tool:mcp__s__t128", "image:1"], plan.dropped)
 
     def test_nothing_is_restored_where_nothing_was_renamed(self):
         plan = edited({"tools": [wire_tool(cp.CHAT, "f")]}, cp.CHAT, False)[2]
