@@ -6998,6 +6998,7 @@ def take_out_tools(body: Json, gone: Sequence[Json], plan: Plan) -> None:
             kept += [tool] if tool["tools"] else []
         elif id(tool) not in marked:
             kept.append(tool)
+    keep_cache_mark(kept, gone)
     body["tools"] = kept
     names = dict.fromkeys(map(tool_label, gone))
     left = set(map(tool_label, tools_in(kept)))
@@ -7006,6 +7007,14 @@ def take_out_tools(body: Json, gone: Sequence[Json], plan: Plan) -> None:
         close_tools(body, plan)
     owns = [plan.names.restore(name)[:2] for name in names]
     name_dropped(plan, "tool", [f"{namespace}.{name}" if namespace else name for name, namespace in owns])
+
+
+def keep_cache_mark(kept: List[Any], gone: Sequence[Json]) -> None:
+    """Moves the cache mark of a tool that is gone to the last one left that may carry it (Messages): clients mark their last."""
+    marks = [tool["cache_control"] for tool in gone if tool.get("cache_control")]
+    places = [at for at, tool in enumerate(kept) if isinstance(tool, dict) and tool.get("defer_loading") is not True]
+    if marks and places and not any("cache_control" in kept[at] for at in places):
+        kept[places[-1]] = {**kept[places[-1]], "cache_control": marks[-1]}
 
 
 def release_choice(body: Json, gone: Sequence[str]) -> None:
@@ -7037,7 +7046,7 @@ def close_tools(body: Json, plan: Plan) -> None:
 def drop_unhosted_tools(body: Json, plan: Plan) -> bool:
     """Sets tools aside that upstream would have to run and does not."""
     openings = UNHOSTED_TOOLS[plan.upstream_dialect]
-    gone = [tool for tool in objects_in(body.get("tools")) if str(tool.get("type", "")).startswith(openings)]
+    gone = [tool for tool in objects_in(body.get("tools")) if name_in(tool, "type").startswith(openings)]
     if gone:
         take_out_tools(body, gone, plan)
     return bool(gone)
@@ -7106,13 +7115,15 @@ def shorten_tool_names(body: Json, plan: Plan) -> bool:
 
 
 def answered_calls(value: Json) -> Iterator[Json]:
-    """The calls of an answer or of one frame of it, in any dialect."""
+    """The calls of an answer or of one frame of it, in any dialect, and the tools that Responses repeats."""
     for choice in objects_in(value.get("choices")):
         for name in ("message", "delta"):
             yield from calls_in(choice[name]) if isinstance(choice.get(name), dict) else ()
     for holder in (value, value.get("response")):
-        for item in objects_in(holder.get("output")) if isinstance(holder, dict) else ():
-            yield from calls_in(item)
+        if isinstance(holder, dict):
+            yield from tools_in(holder.get("tools"))
+            for item in objects_in(holder.get("output")):
+                yield from calls_in(item)
     for name in ("item", "content_block"):
         yield from calls_in(value[name]) if isinstance(value.get(name), dict) else ()
     yield from calls_in(value)

@@ -8440,6 +8440,16 @@ class ToolRows(unittest.TestCase):
         tools = [wire_tool(cp.MESSAGES, f"f{n}", defer_loading=n > 99) for n in range(300)]
         self.assertEqual(({"tools": tools}, False), edited({"tools": tools}, cp.MESSAGES, False)[:2])
 
+    def test_the_cache_mark_of_the_last_tool_stays_at_the_last_that_may_carry_it(self):
+        mark = {"cache_control": {"type": "ephemeral"}}
+        marked, deferred = wire_tool(cp.MESSAGES, "mcp__s__last", **mark), wire_tool(cp.MESSAGES, "d", defer_loading=True)
+        body, _ = self.kept({"tools": crowd(cp.MESSAGES, range(128)) + [deferred, marked]}, cp.MESSAGES)
+        self.assertEqual(crowd(cp.MESSAGES, range(127)) + [wire_tool(cp.MESSAGES, "mcp__s__t127", **mark), deferred], body["tools"])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, "f", **mark), UNHOSTED_EXAMPLES[cp.MESSAGES], wire_tool(cp.MESSAGES, "g")]}, cp.MESSAGES)
+        self.assertEqual([wire_tool(cp.MESSAGES, "f", **mark), wire_tool(cp.MESSAGES, "g")], body["tools"])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, "f", **mark), {**UNHOSTED_EXAMPLES[cp.MESSAGES], **mark}, wire_tool(cp.MESSAGES, "g")]}, cp.MESSAGES)
+        self.assertEqual([wire_tool(cp.MESSAGES, "f", **mark), wire_tool(cp.MESSAGES, "g")], body["tools"])
+
     def test_a_choice_that_points_at_a_tool_set_aside_goes_with_it(self):
         allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "image_generation"}, {"type": "function", "name": "f"}]}
         nested = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "web_search"}, wire_choice(cp.CHAT, "f")]}}
@@ -8644,10 +8654,13 @@ class ToolRows(unittest.TestCase):
         with urllib.request.urlopen(request) as answer:
             return answer.read()
 
-    def test_the_frame_that_ends_the_arguments_names_the_tool_too(self):
+    def test_ended_arguments_and_repeated_tools_are_named_too(self):
         _, plan = self.kept({**STORED, "tools": [wire_tool(cp.RESPONSES, ODD)]}, cp.RESPONSES)
         done = {"type": "response.function_call_arguments.done", "item_id": "fc_1", "name": ODD_WIRE, "arguments": "{}"}
         self.assertEqual({**done, "name": ODD}, cp.frame_json(cp.RestoredNames(plan).edit(cp.format_sse(done["type"], done))))
+        repeated = {"type": "response.created", "response": {"id": "r", "output": [], "tools": [wire_tool(cp.RESPONSES, ODD_WIRE)]}}
+        self.assertTrue(cp.restore_tool_names(repeated, plan))
+        self.assertEqual([wire_tool(cp.RESPONSES, ODD)], repeated["response"]["tools"])
 
     def test_a_body_shaped_anew_names_nothing_twice(self):
         plan = cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES)
