@@ -477,6 +477,10 @@ class Names:
         """(name, namespace, kind) behind a wire name; a name nobody shortened is itself."""
         return self._full.get(wire, (wire, None, "function"))
 
+    def renamed(self) -> Dict[str, str]:
+        """The wire names that are not a tool's own, and what it is called."""
+        return {wire: full[0] for wire, full in self._full.items() if wire != full[0]}
+
 
 @dataclass
 class Usage:
@@ -514,6 +518,15 @@ class Caller:
 
 
 @dataclass
+class ImageLimits:
+    """What the images of a request may be; None is not said. The count is of the newest."""
+
+    bytes: Optional[int] = None  # decoded
+    pixels: Optional[int] = None  # of the longest side
+    count: Optional[int] = None
+
+
+@dataclass
 class Plan:
     """What was decided for one request before anything was sent."""
 
@@ -531,6 +544,7 @@ class Plan:
     betas: List[str] = field(default_factory=list)
     names: Names = field(default_factory=Names)  # tool names as upstream gets them
     origin: str = ""  # who reads the state this exchange seals
+    image_limits: ImageLimits = field(default_factory=ImageLimits)  # the operator's
     cut_at: Optional[int] = None  # tokens of visible text after which we end the answer; None where upstream does
     edits: List[str] = field(default_factory=list)  # names of the rows that changed something
     dropped: List[str] = field(default_factory=list)  # named to the client
@@ -7059,7 +7073,7 @@ def chat_entries(turns: Sequence[Json]) -> Iterator[Paired]:
 def response_entries(items: Sequence[Json]) -> Iterator[Paired]:
     for item in items:
         kind, call = str(item.get("type")), str(item.get("call_id") or "")
-        yield ([call] if call and kind.endswith("_call") else ()), (call if call and kind.endswith("_call_output") else None), item
+        yield ([call] if call and kind.endswith("_call") else ()), (call if call and kind.endswith("_output") else None), item
 
 
 def message_entries(turns: Sequence[Json]) -> Iterator[Paired]:
@@ -7097,6 +7111,13 @@ def joined_messages(values: Sequence[Json]) -> List[Json]:
     return turns
 
 
+def response_stub(item: Json, call: str) -> Json:
+    """The missing output of a call item; a search found nothing."""
+    if item["type"] == "tool_search_call":
+        return {"type": "tool_search_output", "execution": "client", "call_id": call, "status": "completed", "tools": []}
+    return {"type": f"{item['type']}_output", "call_id": call, "output": NO_RESULT}
+
+
 class Pairing(NamedTuple):
     """How a dialect pairs calls and results. `adjacent`: a result must follow its call at once."""
 
@@ -7117,7 +7138,7 @@ PAIRINGS = {
                       lambda block: {"role": "user", "content": [{"type": "text", "text": LONE_RESULT + wire_text(block.get("content"))}]},
                       joined_messages),
     RESPONSES: Pairing("input", False, response_entries,
-                       lambda item, call: {"type": item["type"] + "_output", "call_id": call, "output": NO_RESULT},
+                       response_stub,
                        lambda item: {"type": "message", "role": "user",
                                      "content": [{"type": "input_text", "text": LONE_RESULT + wire_text(item.get("output"))}]}),
 }
@@ -7605,6 +7626,573 @@ def _drop_schema(schema: Any) -> bool:
     return changed
 
 
+# ---- tools and pictures -----------------------------------------------------
+
+# One walk serves the three dialects: what carries a name is told apart by its shape.
+#
+#            tools                      calls of the history          images
+#   Chat     {"function":{"name"}}      turn.tool_calls[].function    {"type":"image_url","image_url":{"url"}}
+#   Resp.    {"name"}, namespaces       items of CALL_KINDS           {"type":"input_image","image_url"}
+#   Mess.    {"name"}                   blocks of CALL_KINDS          {"type":"image","source":{"data"}}
+
+CALL_KINDS = ("function_call", "custom_tool_call", "tool_use")
+# Longest `tools` of a request (OpenAI; copilot-upstream 5.1, user-pains P51). No model record states another.
+MAX_TOOLS = 128
+# What OpenAI and Anthropic take for the name of a tool.
+WIRE_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % Names.LONGEST)
+# So many tools set aside are named to the client one by one: a header has to stay short.
+MOST_NAMED = 16
+# Tools that no host behind Copilot runs, by the opening of their type (copilot-upstream 6.1, 7.1). `computer_` needs a beta
+# that is not accepted; `bash_`, `text_editor_` and `memory_` are run by the client and pass, as custom tools do.
+UNHOSTED = ("image_generation", "file_search", "code_interpreter", "computer", "mcp", "local_shell")
+UNHOSTED_TOOLS = {CHAT: UNHOSTED + ("web_search",), RESPONSES: UNHOSTED,
+                  MESSAGES: ("web_search_", "web_fetch_", "code_execution_", "computer_", "mcp_toolset")}
+
+
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none of anything else."""
+    return [member for member in value if isinstance(member, dict)] if isinstance(value, list) else []
+
+
+def turns_of(body: Json) -> List[Json]:
+    """The messages or input items of a body."""
+    return objects_in(body.get("messages")) or objects_in(body.get("input"))
+
+
+def tools_in(tools: Any) -> Iterator[Json]:
+    """The tools of a list, those of a namespace in its place."""
+    for tool in objects_in(tools):
+        if isinstance(tool.get("tools"), list):
+            yield from objects_in(tool["tools"])
+        else:
+            yield tool
+
+
+def calls_in(turn: Json) -> Iterator[Json]:
+    """The calls of one turn: of its history, or of an answer."""
+    if turn.get("type") in CALL_KINDS:
+        yield turn
+    if "tool_calls" in turn:
+        yield from objects_in(turn["tool_calls"])
+    content = turn.get("content")
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict) and block.get("type") in CALL_KINDS:
+            yield block
+
+
+def choices_in(body: Json) -> List[Json]:
+    """A `tool_choice` that points at a tool, and the members of one that allows several."""
+    choice = body.get("tool_choice")
+    if not isinstance(choice, dict):
+        return []
+    allowed = choice.get("allowed_tools", choice)
+    return [choice, *objects_in(allowed.get("tools") if isinstance(allowed, dict) else None)]
+
+
+def named_part(value: Json) -> Json:
+    """What holds the name of a tool, a choice or a call."""
+    inner = value.get("function", value.get("custom"))
+    return inner if isinstance(inner, dict) else value
+
+
+def tool_label(value: Json) -> str:
+    """The name of a tool, a choice or a call; the type of one that has no name."""
+    return text_or_none(named_part(value).get("name")) or text_or_none(value.get("type")) or ""
+
+
+def reference_places(body: Json) -> Iterator[Tuple[List[Any], int]]:
+    """(list, index) of every `tool_reference` block: they stand in tool results (Messages)."""
+    for turn in turns_of(body):
+        for block in objects_in(turn.get("content")):
+            if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+                for at, part in enumerate(block["content"]):
+                    if isinstance(part, dict) and part.get("type") == "tool_reference":
+                        yield block["content"], at
+
+
+def name_dropped(plan: Plan, kind: str, names: Sequence[str]) -> None:
+    """Tells the client what was set aside: `tool:NAME`, the first of many by name, the others by number."""
+    entries = [f"{kind}:" + re.sub(r"[^A-Za-z0-9_.:/+-]", "_", name)[:80] for name in names[:MOST_NAMED]]
+    if len(names) > MOST_NAMED:
+        entries.append(f"{kind}:+{len(names) - MOST_NAMED}")
+    plan.dropped = plan.dropped + [entry for entry in dict.fromkeys(entries) if entry not in plan.dropped]
+
+
+def take_out_tools(body: Json, gone: Sequence[Json], plan: Plan) -> None:
+    """Takes tools out of the body, and out of its `tool_choice`; a namespace goes with its last tool."""
+    marked = {id(tool) for tool in gone}
+    kept = []
+    for tool in body["tools"]:
+        nested = tool.get("tools") if isinstance(tool, dict) else None
+        if isinstance(nested, list) and any(id(inner) in marked for inner in nested):
+            tool = {**tool, "tools": [inner for inner in nested if id(inner) not in marked]}
+            kept += [tool] if tool["tools"] else []
+        elif id(tool) not in marked:
+            kept.append(tool)
+    keep_cache_mark(kept, gone)
+    body["tools"] = kept
+    names = dict.fromkeys(map(tool_label, gone))
+    left = set(map(tool_label, tools_in(kept)))
+    release_choice(body, [name for name in names if name not in left])
+    if not kept:
+        close_tools(body, plan)
+    owns = [plan.names.restore(name)[:2] for name in names]
+    name_dropped(plan, "tool", [f"{namespace}.{name}" if namespace else name for name, namespace in owns])
+
+
+def keep_cache_mark(kept: List[Any], gone: Sequence[Json]) -> None:
+    """Moves the cache mark of a tool that is gone to the last one left that may carry it (Messages): clients mark their last."""
+    marks = [tool["cache_control"] for tool in gone if tool.get("cache_control")]
+    places = [at for at, tool in enumerate(kept) if isinstance(tool, dict) and tool.get("defer_loading") is not True]
+    if marks and places and not any("cache_control" in kept[at] for at in places):
+        kept[places[-1]] = {**kept[places[-1]], "cache_control": marks[-1]}
+
+
+def release_choice(body: Json, gone: Sequence[str]) -> None:
+    """Takes a `tool_choice` away that can only be met by tools that are gone."""
+    choices = choices_in(body)
+    if not any(tool_label(choice) in gone for choice in choices):
+        return
+    holder = choices[0].get("allowed_tools", choices[0])
+    left = [choice for choice in choices[1:] if tool_label(choice) not in gone]
+    if left:
+        holder["tools"] = left
+    else:
+        del body["tool_choice"]
+
+
+def close_tools(body: Json, plan: Plan) -> None:
+    """Takes away what is refused beside an empty list of tools.
+
+    Hosts of Claude refuse calls in the history of a request without tools: there the called ones stand in, not to be called.
+    """
+    for name in ("tools", "tool_choice", "parallel_tool_calls"):
+        body.pop(name, None)
+    called = dict.fromkeys(tool_label(call) for turn in turns_of(body) for call in calls_in(turn))
+    if called and plan.upstream_dialect == MESSAGES:
+        body["tools"] = [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in called]
+        body["tool_choice"] = {"type": "none"}
+
+
+def drop_unhosted_tools(body: Json, plan: Plan) -> bool:
+    """Sets tools aside that upstream would have to run and does not."""
+    openings = UNHOSTED_TOOLS[plan.upstream_dialect]
+    gone = [tool for tool in objects_in(body.get("tools")) if name_in(tool, "type").startswith(openings)]
+    if gone:
+        take_out_tools(body, gone, plan)
+    return bool(gone)
+
+
+def limit_tools(body: Json, plan: Plan) -> bool:
+    """Sets the tools beyond the limit aside: from the end, first those of servers, then built-in ones, then called ones.
+
+    A server's tool has `__` in its name (`mcp__github__list`) or stands in a namespace. Order stays, for the prompt cache.
+    Tools that Claude finds by search are not counted (Anthropic, "Tool search tool": up to 10,000).
+    """
+    tools = [tool for tool in tools_in(body.get("tools"))
+             if not (plan.upstream_dialect == MESSAGES and tool.get("defer_loading") is True)]
+    if len(tools) <= MAX_TOOLS:
+        return False
+    forced = set(map(tool_label, choices_in(body)))
+    called = {tool_label(call) for turn in turns_of(body) for call in calls_in(turn)}
+    own = {id(tool) for tool in objects_in(body["tools"]) if "__" not in tool_label(tool)}
+
+    def rank(tool: Json) -> int:
+        name = tool_label(tool)
+        return 0 if name in forced else 1 if name in called else 2 if id(tool) in own else 3
+    take_out_tools(body, sorted(tools, key=rank)[MAX_TOOLS:], plan)
+    return True
+
+
+def tell_lost_references(body: Json, plan: Plan) -> bool:
+    """Says as text that a tool was found which is not offered any more: Claude's hosts refuse a reference to it."""
+    offered = set(map(tool_label, tools_in(body.get("tools"))))
+    lost = [(blocks, at) for blocks, at in reference_places(body) if name_in(blocks[at], "tool_name") not in offered]
+    for blocks, at in lost:
+        blocks[at] = {"type": "text", "text": f"Tool {name_in(blocks[at], 'tool_name')} loaded"}
+    return bool(lost)
+
+
+def tool_name_places(body: Json) -> Iterator[Tuple[Json, str]]:
+    """(object, key) of every place that holds the name of a function or custom tool."""
+    for turn in turns_of(body):
+        for call in calls_in(turn):
+            yield named_part(call), "name"
+        if "tools" in turn:  # what a search has loaded (Responses)
+            yield from ((named_part(tool), "name") for tool in tools_in(turn["tools"]))
+        if turn.get("role") == "tool":
+            yield turn, "name"
+    for tool in (*tools_in(body.get("tools")), *choices_in(body)):
+        yield named_part(tool), "name"
+    for blocks, at in reference_places(body):
+        yield blocks[at], "tool_name"
+
+
+def shorten_tool_names(body: Json, plan: Plan) -> bool:
+    """Gives tools names that upstream takes, everywhere in the body; `plan.names` knows the way back.
+
+    Good names are noted first, so that none of them is given to another tool.
+    """
+    places = [(part, key) for part, key in tool_name_places(body) if isinstance(part.get(key), str)]
+    names = dict.fromkeys(part[key] for part, key in places)
+    bad = {name for name in names if not WIRE_NAME.fullmatch(name)}
+    for name in names if bad else ():
+        if name not in bad and plan.names.restore(name) == (name, None, "function"):
+            plan.names.shorten(name)
+    for part, key in places if bad else ():
+        if part[key] in bad:
+            part[key] = plan.names.shorten(part[key])
+    return bool(bad)
+
+
+def answered_calls(value: Json) -> Iterator[Json]:
+    """The calls of an answer or of one frame of it, in any dialect, and the tools that Responses repeats."""
+    for choice in objects_in(value.get("choices")):
+        for name in ("message", "delta"):
+            yield from calls_in(choice[name]) if isinstance(choice.get(name), dict) else ()
+    for holder in (value, value.get("response")):
+        if isinstance(holder, dict):
+            yield from tools_in(holder.get("tools"))
+            for item in objects_in(holder.get("output")):
+                yield from calls_in(item)
+    for name in ("item", "content_block"):
+        yield from calls_in(value[name]) if isinstance(value.get(name), dict) else ()
+    yield from calls_in(value)
+    if value.get("type") == "response.function_call_arguments.done":
+        yield value
+
+
+def restore_tool_names(value: Json, plan: Plan) -> bool:
+    """Gives the calls of an answer, or of a frame, their tools' own names; edits it, and says whether it did."""
+    renamed = plan.names.renamed()
+    parts = [part for part in map(named_part, answered_calls(value)) if text_or_none(part.get("name")) in renamed]
+    for part in parts:
+        part["name"] = renamed[part["name"]]
+    return bool(parts)
+
+
+class RestoredNames:
+    """Frames with the tools' own names in place of those that upstream was given."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._needles = tuple(dump_json(name) for name in plan.names.renamed())
+
+    def touches(self, frames: bytes) -> bool:
+        """Whether a changed name stands in the frames."""
+        return any(needle in frames for needle in self._needles)
+
+    def edit(self, frame: bytes) -> bytes:
+        """The frame to relay."""
+        chunk = frame_json(frame) if self.touches(frame) else None
+        if chunk is None or not restore_tool_names(chunk, self._plan):
+            return frame
+        return format_sse(parse_frame(frame)[0], chunk)
+
+
+def drop_eager_streaming(body: Json, plan: Plan) -> bool:
+    """Takes `eager_input_streaming` off every tool."""
+    tools = [tool for tool in objects_in(body.get("tools")) if "eager_input_streaming" in tool]
+    for tool in tools:
+        del tool["eager_input_streaming"]
+    return bool(tools)
+
+
+def drop_speed(body: Json, plan: Plan) -> bool:
+    """Takes `speed` away and says so: fast answers are models of their own (`<id>-fast`)."""
+    if "speed" not in body:
+        return False
+    del body["speed"]
+    name_dropped(plan, "field", ["speed"])
+    return True
+
+
+def describe_namespaces(body: Json, plan: Plan) -> bool:
+    """Gives a namespace without a description one."""
+    mute = [tool for tool in objects_in(body.get("tools"))
+            if tool.get("type") == "namespace" and not (text_or_none(tool.get("description")) or "").strip()]
+    for tool in mute:
+        tool["description"] = f"Tools of {tool_label(tool)}"
+    return bool(mute)
+
+
+# ---- tool schemas -----------------------------------------------------------
+
+GONE: Any = object()  # what a rule gives for a keyword that has to go
+# Keywords whose value may be null; a null under any other is refused.
+NULL_KEYWORDS = frozenset(("default", "const"))
+COMBINATORS = ("anyOf", "oneOf", "allOf")
+NOT_AT_TOP = (*COMBINATORS, "enum", "not")
+TEXT_KEYWORDS = frozenset(("type", "description"))  # any text is right under these, which are most of a schema
+
+
+@dataclass(frozen=True)
+class SchemaRules:
+    """What an upstream takes: `keywords` gives for a keyword's value (value, schema, rules) the value to send or GONE, the
+    same object where it is fine. `items`: an array has to say what it holds."""
+
+    keywords: Dict[str, Callable[[Any, Json, "SchemaRules"], Any]]
+    items: bool = False
+
+
+def _schema_table(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    if not isinstance(value, dict):
+        return GONE
+    changes: Json = {}
+    for name, part in value.items():
+        kept = mended_schema(part, rules) if isinstance(part, dict) else _subschema(part, schema, rules)
+        if kept is not part:
+            changes[name] = {} if kept is GONE else kept
+    return {**value, **changes} if changes else value
+
+
+def _schema_list(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    if not isinstance(value, list):
+        return GONE
+    mended = [part for part in (_subschema(part, schema, rules) for part in value) if part is not GONE]
+    if len(mended) == len(value) > 0 and all(part is given for part, given in zip(mended, value)):
+        return value
+    return mended or GONE
+
+
+def _subschema(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    if isinstance(value, dict):
+        return mended_schema(value, rules)
+    return value if isinstance(value, bool) else GONE
+
+
+def _schema_or_list(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    return (_schema_list if isinstance(value, list) else _subschema)(value, schema, rules)
+
+
+def _keyword_text(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    return value if isinstance(value, str) else GONE
+
+
+def _name_list(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    """Draft 3 wrote `"required": true` on the property itself."""
+    if not isinstance(value, list):
+        return GONE
+    return value if all(isinstance(name, str) for name in value) else [name for name in value if isinstance(name, str)]
+
+
+def _types(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    if isinstance(value, str):
+        return value
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    return value if names and len(names) == len(value) else names or GONE
+
+
+def _enumerated(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    """A null only where the declared type has it, or none is declared."""
+    if not isinstance(value, list) or not value:
+        return GONE
+    declared = schema.get("type")
+    if None not in value or declared is None or declared == "null" or isinstance(declared, list) and "null" in declared:
+        return value
+    return [member for member in value if member is not None] or GONE
+
+
+def _single_type(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    """Gemini takes one type; null is what a missing argument says."""
+    names = _types(value, schema, rules)
+    return names if names is GONE or isinstance(names, str) else next((name for name in names if name != "null"), names[0])
+
+
+def _string_enum(value: Any, schema: Json, rules: SchemaRules) -> Any:
+    """Gemini takes strings, and them for strings only: elsewhere a value of another type would be worse than a free one."""
+    kind = _single_type(schema.get("type"), schema, rules)
+    if not isinstance(value, list) or kind not in ("string", GONE):
+        return GONE
+    names = [member if isinstance(member, str) else dump_json(member).decode() for member in value if member is not None]
+    return value if names and names == value else names or GONE
+
+
+def schema_rules(items: bool = False, **others: Callable[[Any, Json, SchemaRules], Any]) -> SchemaRules:
+    rows = (
+        (_schema_table,   ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")),
+        (_schema_list,    (*COMBINATORS, "prefixItems")),
+        (_schema_or_list, ("items",)),
+        (_subschema,      ("additionalProperties", "additionalItems", "unevaluatedProperties", "not", "if", "then", "else",
+                           "contains", "propertyNames")),
+        (_keyword_text,  ("description",)),
+        (_name_list,     ("required",)),
+        (_types,         ("type",)),
+        (_enumerated,    ("enum",)),
+    )
+    return SchemaRules({**{name: rule for rule, names in rows for name in names}, **others}, items)
+
+
+# OpenAI and Google refuse an array without items ("array schema missing items"), Anthropic does not.
+SCHEMA_RULES = {CHAT: schema_rules(items=True), RESPONSES: schema_rules(items=True), MESSAGES: schema_rules()}
+GEMINI_SCHEMA_RULES = schema_rules(items=True, type=_single_type, enum=_string_enum)  # copilot-upstream 5.1 "Gemini"
+
+
+def mended_schema(schema: Json, rules: SchemaRules) -> Json:
+    """The schema as upstream takes it: the same object where it is fine, a copy otherwise. One pass."""
+    changes: Json = {}
+    keywords = rules.keywords
+    for name, value in schema.items():
+        if name in TEXT_KEYWORDS and isinstance(value, str):
+            continue
+        if value is None:
+            if name not in NULL_KEYWORDS:
+                changes[name] = GONE
+        elif name in keywords:
+            kept = keywords[name](value, schema, rules)
+            if kept is not value:
+                changes[name] = kept
+    if rules.items and (schema.get("items") is None or changes.get("items") is GONE) and _is_array(schema.get("type")):
+        changes["items"] = {}
+    if not changes:
+        return schema
+    return {name: value for name, value in {**schema, **changes}.items() if value is not GONE}
+
+
+def _is_array(kind: Any) -> bool:
+    return kind == "array" or isinstance(kind, list) and "array" in kind
+
+
+def mended_parameters(schema: Any, rules: SchemaRules) -> Json:
+    """The schema of a tool: an object with properties, and no alternatives at its top, in any dialect."""
+    mended = mended_schema(schema, rules) if isinstance(schema, dict) else {}
+    if any(name in mended for name in NOT_AT_TOP):
+        mended = without_alternatives(mended)
+    if mended.get("type") != "object" or "properties" not in mended:
+        mended = {**mended, "type": "object", "properties": mended.get("properties", {})}
+    return mended
+
+
+def without_alternatives(schema: Json) -> Json:
+    """The schema with the properties of its alternatives as its own; required is what every one of them requires.
+
+    Anthropic: "input_schema does not support oneOf, allOf, or anyOf at the top level"; OpenAI names all of NOT_AT_TOP.
+    """
+    merged = {name: value for name, value in schema.items() if name not in NOT_AT_TOP}
+    properties, required = dict(merged.get("properties", {})), list(merged.get("required", ()))
+    for name in COMBINATORS:
+        branches = [_referred(branch, schema) for branch in objects_in(schema.get(name))]
+        wanted = [branch["required"] if isinstance(branch.get("required"), list) else [] for branch in branches]
+        for branch in branches:
+            properties = {**(branch["properties"] if isinstance(branch.get("properties"), dict) else {}), **properties}
+        required += [key for keys in wanted for key in keys if name == "allOf" or all(key in others for others in wanted)]
+    merged["properties"] = properties
+    return {**merged, "required": list(dict.fromkeys(required))} if required else merged
+
+
+def _referred(branch: Json, schema: Json) -> Json:
+    """What a branch refers to inside the schema, `{"$ref":"#/$defs/name"}`; else the branch itself."""
+    root, table, name = (str(branch.get("$ref", "")).split("/") + ["", ""])[:3]
+    found = schema.get(table, {}).get(name) if root == "#" and table in ("$defs", "definitions") else None
+    return found if isinstance(found, dict) else branch
+
+
+def mend_tool_schemas(body: Json, plan: Plan) -> bool:
+    """Mends the schemas and descriptions of tools, so that one bad tool does not fail the turn."""
+    dialect, changed = plan.upstream_dialect, False
+    gemini = dialect == CHAT and "gemini" in plan.model.lower()
+    rules = GEMINI_SCHEMA_RULES if gemini else SCHEMA_RULES[dialect]
+    key, kinds = ("input_schema", (None, "custom")) if dialect == MESSAGES else ("parameters", (None, "function"))
+    for tool in tools_in(body.get("tools")):
+        part = named_part(tool)
+        if tool.get("type") not in kinds or not isinstance(part.get("name"), str):
+            continue
+        schema = mended_parameters(part.get(key), rules)
+        if schema is not part.get(key):
+            part[key], changed = schema, True
+        if not isinstance(part.get("description", ""), str):
+            del part["description"]
+            changed = True
+    return changed
+
+
+# ---- pictures ---------------------------------------------------------------
+
+# What an image may have where neither settings nor the model's record say (copilot-upstream 4.2, user-pains 2).
+IMAGE_BYTES, IMAGE_PIXELS = 3_145_728, 8000
+# Anthropic, "Vision": a request with more images than that takes smaller ones only.
+MANY_IMAGES, MANY_IMAGES_PIXELS = 20, 2000
+# VS Code's own numbers, where it does not trust the records (copilot-upstream 4.2).
+IMAGE_COUNTS = (("claude", 20), ("gemini", 10))
+# type of a part: the note's type in the same place
+IMAGE_PARTS = {"image_url": "text", "input_image": "input_text", "image": "text"}
+
+
+def image_places(body: Json) -> Iterator[Tuple[List[Any], int]]:
+    """(list, index) of every image, oldest first, inside tool results too."""
+    for turn in turns_of(body):
+        for name in ("content", "output"):
+            if isinstance(turn.get(name), list):
+                yield from _image_places(turn[name])
+
+
+def _image_places(parts: List[Any]) -> Iterator[Tuple[List[Any], int]]:
+    for at, part in enumerate(parts):
+        if not isinstance(part, dict):
+            continue
+        if name_in(part, "type") in IMAGE_PARTS:
+            yield parts, at
+        elif isinstance(part.get("content"), list):
+            yield from _image_places(part["content"])
+
+
+def image_payload(part: Json) -> Optional[str]:
+    """The base64 text of an image, None where upstream fetches it itself."""
+    source = part.get("source", part.get("image_url"))
+    if isinstance(source, dict):
+        source = source.get("data", source.get("url"))
+    if not isinstance(source, str) or source.startswith(("http:", "https:")):
+        return None
+    return source[source.find(",", 0, 1024) + 1:] if source.startswith("data:") else source
+
+
+def image_limits(plan: Plan, images: int) -> ImageLimits:
+    """(bytes, longest side, number) that hold for a request: settings, else the model's record, else what is known."""
+    asked, vision = plan.image_limits, model_capability(plan.record or {}, "limits", "vision")
+    stated = {name: count_or_zero(vision, name) for name in ("max_prompt_image_size", "max_prompt_images")} if isinstance(vision, dict) else {}
+    usual = next((most for brand, most in IMAGE_COUNTS if brand in plan.model.lower()), stated.get("max_prompt_images"))
+    count = asked.count or usual or images
+    many = min(images, count) > MANY_IMAGES
+    return ImageLimits(asked.bytes or stated.get("max_prompt_image_size") or IMAGE_BYTES,
+                       asked.pixels or (MANY_IMAGES_PIXELS if many else IMAGE_PIXELS), count)
+
+
+def image_fault(part: Json, limits: ImageLimits) -> str:
+    """Why an image cannot be sent; "" if it can."""
+    payload = image_payload(part)
+    if payload is None:
+        return ""
+    size_bytes = len(payload) * 3 // 4 - payload.count("=", -2)
+    if size_bytes > limits.bytes:
+        return f"{size_bytes} bytes is over the limit of {limits.bytes}"
+    width, height = image_size_base64(payload) or (0, 0)
+    return f"{width}x{height} px is over the limit of {limits.pixels}" if max(width, height) > limits.pixels else ""
+
+
+def limit_images(body: Json, plan: Plan) -> bool:
+    """Puts a short note in the place of images that upstream would refuse; the newest win.
+
+    The vision header follows: with it and without an image Copilot answers 429, the other way round 400 (3.2).
+    """
+    places = list(image_places(body))
+    limits = image_limits(plan, len(places))
+    kept = 0
+    for parts, at in reversed(places):
+        fault = image_fault(parts[at], limits)
+        if not fault and kept == limits.count:
+            fault = f"only the newest {limits.count} are sent"
+        if not fault:
+            kept += 1
+            continue
+        note = {"type": IMAGE_PARTS[parts[at]["type"]], "text": f"[image omitted: {fault}]"}
+        parts[at] = {**note, "cache_control": parts[at]["cache_control"]} if parts[at].get("cache_control") else note
+    if places or plan.road == "translated":
+        plan.caller.vision = kept > 0
+    if kept < len(places):
+        name_dropped(plan, "image", [str(len(places) - kept)])
+    return kept < len(places)
+
+
 QUIRKS: Tuple[Quirk, ...] = (
     #     name              provider   dialects                     source
     Quirk("service_tier",   "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 6.1, 7.1",
@@ -7655,6 +8243,25 @@ QUIRKS: Tuple[Quirk, ...] = (
     Quirk("include_usage",  "copilot", (CHAT,),                     "copilot-upstream 5.2",
           request=ask_for_usage, frame=swallow_usage_chunk, frame_needles=(b'"choices":[]', b'"choices": []'),
           applies=lambda plan: plan.stream),
+    Quirk("eager_input_streaming", "copilot", (MESSAGES,),          "copilot-upstream 7.1",
+          request=drop_eager_streaming, needles=(b'"eager_input_streaming"',)),
+    Quirk("speed",          "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
+          request=drop_speed, needles=(b'"speed"',)),
+    Quirk("namespaces",     "copilot", (RESPONSES,),                "copilot-upstream 6.1",
+          request=describe_namespaces, needles=(b'"namespace"',)),
+    # Tools are set aside under the names their client knows, then renamed, then mended.
+    Quirk("server_tools",   "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 6.1, 7.1",
+          request=drop_unhosted_tools, needles=(b'"tools"',)),
+    Quirk("tool_limit",     "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1; user-pains P51",
+          request=limit_tools, needles=(b'"tools"',)),
+    Quirk("tool_references", "copilot", (MESSAGES,),                "copilot-upstream 7.1; DESIGN 8",
+          request=tell_lost_references, needles=(b'"tool_reference"',)),
+    Quirk("tool_names",     "copilot", (CHAT, RESPONSES, MESSAGES), "user-pains P52",
+          request=shorten_tool_names, needles=(b'"name"',)),
+    Quirk("schema",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 7.1; user-pains P50",
+          request=mend_tool_schemas, needles=(b'"tools"',)),
+    Quirk("images",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 3.2, 4.2; user-pains P55, P56",
+          request=limit_images),
 )
 
 
@@ -13360,7 +13967,9 @@ class Gateway:
         if dialect == GEMINI and not any(says_something(message) for message in request.messages):
             raise ClientError(GEMINI_EMPTY)
         plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream)
-        plan.caller = identify(inbound.headers, body, request, self._machine_id, self._settings()["initiatorPolicy"])
+        settings = self._settings()
+        plan.caller = identify(inbound.headers, body, request, self._machine_id, settings["initiatorPolicy"])
+        plan.image_limits = ImageLimits(settings["images.maxBytes"], settings["images.maxDimension"], settings["images.maxCount"])
         self._watch.add(line)
         self._planner.choose(plan, line.stopper)
         quirks = quirks_for(plan)

@@ -265,7 +265,9 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("chat_args_checked",           True,       "tool arguments that are no JSON: 400 invalid_tool_call_format",        4),
     ("chat_pairs_checked",          True,       "orphan tool calls or results: 400 (9.3)",                              4),
     ("max_tokens_refused",          True,       "GPT-5 wants max_completion_tokens: 400",                               4),
-    ("tool_limit",                  False,      "more than 128 tools: 400",                                             4),
+    ("tool_limit",                  True,       "more than 128 tools: 400",                                             4),
+    ("tool_names_checked",          True,       "tool names over 64 or outside [a-zA-Z0-9_-]: 400",                     4),
+    ("tool_schemas_checked",        True,       "nulls and what no validator takes in tool schemas: 400",               4),
     ("gemini_usage_everywhere",     True,       "Gemini chunks all carry usage, zeros but on the last",                 4),
     ("gemini_stop_on_tools",        False,      "Gemini tool turns finish with stop",                                   4),
     ("gemini_opaque_required",      True,       "Gemini 3 tool calls must come back with reasoning_opaque: 400",        4),
@@ -290,7 +292,9 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("silence_s",                   0,          "silence after the first frame of every stream (70 in the checklist)",  5),
     ("responses_compacts",          False,      "context_management yields a compaction item first",                    5),
     ("compaction_trigger",          True,       "compaction_trigger is answered with a compaction item",                5),
-    ("image_generation_refused",    False,      "an image_generation tool: 400",                                        5),
+    ("image_generation_refused",    True,       "an image_generation tool: 400",                                        5),
+    ("hosted_tools_refused",        True,       "other tools that Copilot does not run: 400",                           5),
+    ("namespaces_checked",          True,       "a namespace without a description: 400",                               5),
     ("websocket",                   False,      "not served yet: every upgrade is 404",                                 6),
     ("messages_betas_checked",      True,       "unknown anthropic-beta: 400",                                          7),
     ("context_1m_known",            True,       "context-1m-2025-08-07 is a known beta",                                7),
@@ -307,9 +311,10 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("messages_pairs_checked",      True,       "orphan tool_use or tool_result: 400 (9.3)",                            7),
     ("late_system_refused",         True,       "role system inside messages: 400 (last is fine from Claude 4.8 on)",   7),
     ("empty_text_refused",          True,       "blank text blocks: 400",                                               7),
-    ("eager_streaming_refused",     False,      "eager_input_streaming on a tool: 400",                                 7),
-    ("speed_refused",               False,      "speed field: 400",                                                     7),
+    ("eager_streaming_refused",     True,       "eager_input_streaming on a tool: 400",                                 7),
+    ("speed_refused",               True,       "speed field: 400",                                                     7),
     ("context_beta_required",       True,       "context_management without its beta: 400",                             7),
+    ("tool_references_checked",     True,       "a tool_reference to a tool that is not offered: 400",                  7),
     ("claude_host",                 "vrtx",     "vrtx, bdrk or 01: prefix of ids, wording of the beta refusal",         7),
     ("messages_trailing_done",      False,      "data: [DONE] after message_stop",                                      7),
     ("tool_burst_s",                None,       "silence before a tool call, then all its arguments in one delta",      7),
@@ -328,13 +333,14 @@ SWITCHES = {row.name: row for row in itertools.starmap(Switch, [
     ("integration_checked",         True,       "unknown Copilot-Integration-Id: 400 text",                             9),
     ("vision_header_required",      True,       "image without Copilot-Vision-Request: 400",                            9),
     ("vision_flood",                True,       "Copilot-Vision-Request without image: 429 text",                       9),
+    ("image_size_checked",          True,       "images over 3 MiB: 413, over 8000 px (2000 from 21 images on): 400",   9),
+    ("image_count_checked",         True,       "more images than the model takes: 400 (text synthetic)",               9),
     ("vision_flood_after",          0,          "how many such requests pass first",                                    9),
 ])}
 
 # Refusals and deviations whose repair in the gateway belongs to a later issue: off until it is built.
 REPAIRS_LATER = (
-    "chat_split_choices", "chat_padding", "chat_whole_bare", "tool_limit", "responses_differing_ids", "image_generation_refused",
-    "eager_streaming_refused", "speed_refused")
+    "chat_split_choices", "chat_padding", "chat_whole_bare", "responses_differing_ids")
 
 
 # ---------------------------------------------------------------------------- errors, verbatim (1.5, 9.2)
@@ -1341,6 +1347,116 @@ def is_json_object(text: Any) -> bool:
         return False
 
 
+def offered_tools(ask: Ask) -> List[Json]:
+    """The tools, those of namespaces in their place."""
+    return [inner for tool in tools_of(ask) for inner in (tool.get("tools") or [] if tool.get("type") == "namespace" else [tool])]
+
+
+def crowd_of_tools(ask: Ask) -> Verdict:
+    """Claude's deferred tools are not counted."""
+    return len([tool for tool in offered_tools(ask) if ask.dialect != "messages" or not tool.get("defer_loading")]) > MAX_TOOLS
+
+
+def odd_tool_name(ask: Ask) -> Verdict:
+    """Names of tools, of the choice and of the calls of the history."""
+    inner = [value.get("function") or value.get("custom") or value for value in offered_tools(ask) + [ask.body.get("tool_choice")] if isinstance(value, dict)]
+    for value in inner + [value for message in messages_of(ask) for value in dicts_in(message) if value.get("type") in ("tool_use", "function_call", "custom_tool_call")
+                          or "arguments" in value]:
+        name = value.get("name")
+        if isinstance(name, str) and not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+            if ask.dialect == "messages":
+                return "tools.0.custom.name: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"
+            return f"Invalid 'tools[0].name': string too long. Expected a string with maximum length 64, but got a string with length {len(name)} instead."
+    return ""
+
+
+def schema_fault(schema: Any, ask: Ask) -> str:
+    """What a validator of the host behind the model says of a schema; "" if nothing."""
+    if isinstance(schema, bool):
+        return ""
+    if not isinstance(schema, dict):
+        return f"{schema} is not of type 'object', 'boolean'"
+    kinds = schema.get("type", "any") if isinstance(schema.get("type"), list) else [schema.get("type", "any")]
+    nulls = [name for name, value in schema.items() if value is None and name not in ("default", "const")]
+    tables = [name for name in ("properties", "$defs", "definitions") if not isinstance(schema.get(name, {}), dict)]
+    lists = [name for name in ("anyOf", "oneOf", "allOf", "enum") if name in schema and (not isinstance(schema[name], list) or not schema[name])]
+    lists += [name for name in ("required",) if not isinstance(schema.get(name, []), list)]
+    if nulls or tables or lists or not isinstance(schema.get("description", ""), str) or not all(isinstance(kind, str) for kind in kinds):
+        return f"{(nulls + tables + lists + ['description'])[0]}: JSON schema is invalid"
+    if None in schema.get("enum", []) and "type" in schema and "null" not in kinds:
+        return "enum value None does not validate against the type"
+    if ask.dialect != "messages" and "array" in kinds and "items" not in schema:
+        return "array schema missing items"
+    if ask.model.startswith("gemini") and (isinstance(schema.get("type"), list) or "enum" in schema and (kinds[0] not in ("any", "string") or not all(
+            isinstance(member, str) for member in schema["enum"]))):
+        return "only one type, enum: only allowed for STRING type"
+    inner = [part for name in ("properties", "$defs", "definitions") for part in schema.get(name, {}).values()]
+    inner += [part for name in ("anyOf", "oneOf", "allOf") for part in schema.get(name, [])] + [schema[name] for name in ("additionalProperties", "not") if name in schema]
+    items = schema.get("items", [])
+    return next(filter(None, (schema_fault(part, ask) for part in inner + (items if isinstance(items, list) else [items]))), "")
+
+
+def bad_tool_schema(ask: Ask) -> Verdict:
+    for number, tool in enumerate(offered_tools(ask)):
+        inner = tool.get("function") or tool
+        key, kinds = ("input_schema", (None, "custom")) if ask.dialect == "messages" else ("parameters", (None, "function"))
+        if tool.get("type") not in kinds or key not in inner and ask.dialect != "messages":
+            continue
+        schema = inner.get(key)
+        fault = schema_fault(schema, ask)
+        if not fault and (schema.get("type") != "object" or "properties" not in schema):
+            fault = "object schema missing properties"
+        if not fault and {"anyOf", "oneOf", "allOf", "enum", "not"} & schema.keys():
+            fault = "input_schema does not support oneOf, allOf, or anyOf at the top level"
+        if not isinstance(inner.get("description", ""), str):
+            fault = "description: Input should be a valid string"
+        if fault:
+            return f"tools.{number}.custom.input_schema: {fault}" if ask.dialect == "messages" else f"Invalid schema for function '{inner.get('name')}': {fault}."
+    return ""
+
+
+HOSTED = re.compile(r"(file_search|code_interpreter|computer|mcp|local_shell|web_fetch_|code_execution_|web_search_20)")
+
+
+def hosted_tool(ask: Ask) -> Verdict:
+    hosted = [tool["type"] for tool in tools_of(ask) if HOSTED.match(str(tool.get("type")))]
+    if hosted and ask.dialect == "messages":
+        return f"tools.0: Input tag '{hosted[0]}' found using 'type' does not match any of the expected tags"
+    return bool(hosted) and f"The requested tool {hosted[0]} is not supported."
+
+
+def lost_reference(ask: Ask) -> Verdict:
+    offered = [tool.get("name") for tool in tools_of(ask)]
+    lost = [inner.get("tool_name") for inner in dicts_in(messages_of(ask)) if inner.get("type") == "tool_reference" and inner.get("tool_name") not in offered]
+    return bool(lost) and f"Tool reference '{lost[0]}' not found in available tools"
+
+
+def images_of(ask: Ask) -> List[bytes]:
+    """Every image of the conversation; b"" for one behind an address."""
+    parts = [part for part in dicts_in(messages_of(ask)) if part.get("type") in ("image", "image_url", "input_image")]
+    texts = [next((inner[key] for inner in dicts_in(part) for key in ("data", "url", "image_url") if isinstance(inner.get(key), str)), "") for part in parts]
+    return [b"" if text.startswith("http") else base64.b64decode(text.rpartition(",")[2] + "==") for text in texts]
+
+
+def heavy_image(ask: Ask) -> Verdict:
+    return any(len(image) > 3_145_728 for image in images_of(ask))
+
+
+def wide_image(ask: Ask) -> Verdict:
+    """Pixels of a PNG; the others pass."""
+    images = images_of(ask)
+    limit = 2000 if len(images) > 20 else 8000
+    sizes = [struct.unpack(">II", image[16:24]) for image in images if image.startswith(b"\x89PNG") and len(image) > 24]
+    many = "for many-image requests" if limit == 2000 else "size"
+    return any(max(size) > limit for size in sizes) and f"messages.0.content.0.image.source.base64.data: At least one of the image dimensions exceed max allowed {many}: {limit} pixels"
+
+
+def crowd_of_images(ask: Ask) -> Verdict:
+    stated = ask.record["capabilities"].get("limits", {}).get("vision", {}).get("max_prompt_images", 99)
+    most = 20 if "claude" in ask.model else 10 if "gemini" in ask.model else stated
+    return len(images_of(ask)) > most
+
+
 def opaque_missing(ask: Ask) -> Verdict:
     if not ask.model.startswith("gemini-3"):
         return False
@@ -1555,16 +1671,28 @@ CHECKS = list(itertools.starmap(Check, [
     ("embeddings_array",            (EMBEDDINGS_PATH,), inputs_misshaped,                                  400, "text", None,  "Bad Request"),
     ("embeddings_max_inputs",       (EMBEDDINGS_PATH,), lambda ask: len(ask.body["input"]) > MAX_INPUTS,   400, "capi", BAD,   "too many inputs"),
     ("embeddings_base64_refused",   (EMBEDDINGS_PATH,), lambda ask: ask.body.get("encoding_format") == "base64", 400, "capi", BAD, "invalid request body"),
+    ("tool_limit",                  GENERATE,     crowd_of_tools,                                     400, "vendor", BAD, "Invalid 'tools': array too long. Expected an array with maximum length 128."),
+    ("image_generation_refused",    (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "image_generation" for tool in tools_of(ask)), 400, "capi", BAD,
+     "The requested tool image_generation is not supported."),
+    ("speed_refused",               (MESSAGES_PATH,),  lambda ask: "speed" in ask.body,                    400, "vendor", None, "speed: Extra inputs are not permitted"),
+    ("eager_streaming_refused",     (MESSAGES_PATH,),  lambda ask: any("eager_input_streaming" in tool for tool in tools_of(ask)), 400, "vendor", None,
+     "tools.0.custom.eager_input_streaming: Extra inputs are not permitted"),
+    ("tool_names_checked",          GENERATE,     odd_tool_name,                                       400, "vendor", BAD, "{}"),
+    ("tool_schemas_checked",        GENERATE,     bad_tool_schema,                                     400, "vendor", "invalid_function_parameters", "{}"),
+    ("hosted_tools_refused",        GENERATE,     hosted_tool,                                         400, "vendor", BAD, "{}"),
+    ("namespaces_checked",          (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "namespace" and not tool.get("description") for tool in tools_of(ask)), 400, "capi", BAD,
+     "Invalid 'tools[0].description': empty string. Expected a string with minimum length 1, but got an empty string instead."),
+    ("tool_references_checked",     (MESSAGES_PATH,),  lost_reference,                                      400, "vendor", None, "{}"),
+    ("image_size_checked",          GENERATE,     heavy_image,                                         413, "capi", "",    "failed to parse request"),
+    ("image_size_checked",          GENERATE,     wide_image,                                          400, "vendor", BAD, "{}"),
+    ("image_count_checked",         GENERATE,     crowd_of_images,                                     400, "vendor", BAD, "too many images in request"),
     # from here on: REPAIRS_LATER
-    ("tool_limit",                  GENERATE,     lambda ask: len(tools_of(ask)) > MAX_TOOLS,         400, "vendor", BAD, "Invalid 'tools': array too long. Expected an array with maximum length 128."),
     ("max_tokens_refused",          (CHAT_PATH,),      gpt5_max_tokens,                                    400, "capi", BAD,   MAX_TOKENS),
     ("chat_args_checked",           (CHAT_PATH,),      broken_arguments,                                   400, "capi", "invalid_tool_call_format", BAD_ARGUMENTS),
     ("chat_pairs_checked",          (CHAT_PATH,),      chat_orphans,                                       400, "capi", BAD,   "{}"),
     ("gemini_opaque_required",      (CHAT_PATH,),      opaque_missing,                                     400, "capi", BAD,   "invalid request body"),
     ("responses_min_tokens",        (RESPONSES_PATH,), few_output_tokens,                                  400, "capi", BAD,
      "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16."),
-    ("image_generation_refused",    (RESPONSES_PATH,), lambda ask: any(tool.get("type") == "image_generation" for tool in tools_of(ask)), 400, "capi", BAD,
-     "The requested tool image_generation is not supported."),
     ("responses_bound_ids",         (RESPONSES_PATH,), unbound_state,                                      400, "capi", BAD,   "{}"),
     ("responses_item_ids_refused",  (RESPONSES_PATH,), plain_item_ids,                                     400, "capi", BAD,   "input item ID does not belong to this connection"),
     ("responses_pairs_checked",     (RESPONSES_PATH,), response_orphans,                                   400, "capi", BAD,   "{}"),
@@ -1573,9 +1701,6 @@ CHECKS = list(itertools.starmap(Check, [
     ("cache_in_result_refused",     (MESSAGES_PATH,),  cache_in_result,                                    400, "vendor", None, "cache_control may not be specified within tool_result.content"),
     ("cache_limit",                 (MESSAGES_PATH,),  cache_crowd,                                        400, "vendor", None, "A maximum of 4 blocks with cache_control may be provided. Found {}."),
     ("cache_top_level_refused",     (MESSAGES_PATH,),  lambda ask: "cache_control" in ask.body,            400, "vendor", None, "cache_control: Extra inputs are not permitted"),
-    ("speed_refused",               (MESSAGES_PATH,),  lambda ask: "speed" in ask.body,                    400, "vendor", None, "speed: Extra inputs are not permitted"),
-    ("eager_streaming_refused",     (MESSAGES_PATH,),  lambda ask: any("eager_input_streaming" in tool for tool in tools_of(ask)), 400, "vendor", None,
-     "tools.0.custom.eager_input_streaming: Extra inputs are not permitted"),
     ("context_beta_required",       (MESSAGES_PATH,),  context_beta_missing,                               400, "vendor", None, "context_management: Extra inputs are not permitted"),
     ("late_system_refused",         (MESSAGES_PATH,),  late_system,                                        400, "vendor", None, "role 'system' is not supported on this model"),
     ("prefill_refused",             (MESSAGES_PATH,),  prefilled,                                          400, "vendor", None, "This model does not support assistant message prefill. The conversation must end with a user message."),
@@ -2579,7 +2704,26 @@ def cached(**more):
     return dict(CACHED, cache_control={"type": "ephemeral", **more})
 
 
-IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}]}
+def function(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def png_header(width: int, height: int) -> bytes:
+    rows = zlib.compress(b"\0" * 64)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+
+
+def png_url(width, height, size_bytes=0):
+    """A PNG, filled up to a size."""
+    return "data:image/png;base64," + base64.b64encode(png_header(width, height).ljust(size_bytes, b"\0")).decode()
+
+
+def images(*urls):
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]}
+
+
+IMAGE = images(PIXEL)
 
 REFUSALS = [
     # switch, path, changes of the body, headers, status, a piece of the answer
@@ -2620,6 +2764,22 @@ REFUSALS = [
     ("embeddings_max_inputs", EMBEDDINGS_PATH, {"input": ["a"] * 513, "dimensions": 2}, {}, 400, "too many inputs"),
     ("embeddings_base64_refused", EMBEDDINGS_PATH, {"encoding_format": "base64"}, {}, 400, "invalid request body"),
     ("tool_limit", CHAT_PATH, {"tools": [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)]}, {}, 400, "maximum length 128"),
+    ("tool_limit", RESPONSES_PATH, {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": f"f{n}"} for n in range(129)]}]}, {}, 400, "maximum length 128"),
+    ("tool_names_checked", CHAT_PATH, {"tools": [{"type": "function", "function": {"name": "f" * 65}}]}, {}, 400, "maximum length 64"),
+    ("tool_names_checked", MESSAGES_PATH, turns("a", [{"type": "tool_use", "id": "t", "name": "f.g", "input": {}}], [{"type": "tool_result", "tool_use_id": "t"}]), {}, 400, "should match pattern"),
+    ("tool_schemas_checked", CHAT_PATH, {"tools": [function("f", {"type": "object", "properties": {"a": {"type": "array"}}})]}, {}, 400, "array schema missing items"),
+    ("tool_schemas_checked", CHAT_PATH, {"model": "gemini-2.5-pro", "tools": [function("f", {"type": "object", "properties": {"a": {"type": ["string", "null"]}}})]}, {}, 400, "only one type"),
+    ("tool_schemas_checked", MESSAGES_PATH, {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", None]}}}}]}, {}, 400, "enum value None"),
+    ("tool_schemas_checked", MESSAGES_PATH, {"tools": [{"name": "f"}]}, {}, 400, "tools.0.custom.input_schema"),
+    ("tool_schemas_checked", RESPONSES_PATH, {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}, "anyOf": [{}]}}]}, {}, 400, "at the top level"),
+    ("hosted_tools_refused", MESSAGES_PATH, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, {}, 400, "Input tag 'web_search_20250305'"),
+    ("hosted_tools_refused", RESPONSES_PATH, {"tools": [{"type": "file_search"}]}, {}, 400, "file_search is not supported"),
+    ("namespaces_checked", RESPONSES_PATH, {"tools": [{"type": "namespace", "name": "n", "description": "", "tools": []}]}, {}, 400, "empty string"),
+    ("tool_references_checked", MESSAGES_PATH, turns("a", [{"type": "tool_use", "id": "t", "name": "s", "input": {}}], [{"type": "tool_result", "tool_use_id": "t", "content": [
+        {"type": "tool_reference", "tool_name": "x"}]}]), {}, 400, "Tool reference 'x' not found in available tools"),
+    ("image_size_checked", CHAT_PATH, images(png_url(8, 8, 3_200_000)), {"Copilot-Vision-Request": "true"}, 413, "failed to parse request"),
+    ("image_size_checked", CHAT_PATH, images(png_url(8001, 8)), {"Copilot-Vision-Request": "true"}, 400, "max allowed size: 8000 pixels"),
+    ("image_count_checked", CHAT_PATH, images(*[png_url(8, 8)] * 6), {"Copilot-Vision-Request": "true"}, 400, "too many images"),
     ("max_tokens_refused", CHAT_PATH, {"model": "gpt-5-mini", "max_tokens": 5}, {}, 400, "Use 'max_completion_tokens' instead"),
     ("chat_args_checked", CHAT_PATH, {"messages": USER + [call(arguments="{"), RESULT]}, {}, 400, "invalid_tool_call_format"),
     ("chat_pairs_checked", CHAT_PATH, {"messages": USER + [call()]}, {}, 400, "An assistant message with 'tool_calls'"),
@@ -3047,7 +3207,7 @@ class FakeRendering(FakeCase):
             answers = [self.post(upstream, path, {**FAKE_BODIES[path], **talk}) for _ in range(2)]
             self.assertEqual([429, 200], [answer.status for answer in answers])
             self.assertIn('"fine"', answers[1].text)
-        call = {**FAKE_BODIES[RESPONSES_PATH], "input": "[[call:f {\"a\":1}]]", "tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "f", "parameters": {}}]}]}
+        call = {**FAKE_BODIES[RESPONSES_PATH], "input": "[[call:f {\"a\":1}]]", "tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}]}]}
         self.assertEqual(("f", "n"), [(i["name"], i["namespace"]) for i in self.post(upstream, RESPONSES_PATH, call).json["output"]][0])
 
 
@@ -8144,6 +8304,14 @@ def ended(id: str, text: Any = "r", **more: Any) -> Json:
     return {"type": "tool_result", "tool_use_id": id, "content": text, **more}
 
 
+def bare_tool(name: str, **more: Any) -> Json:
+    return {"name": name, "input_schema": {"type": "object", "properties": {}}, **more}
+
+
+def chat_tool(name: str) -> Json:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+
+
 def txt(text: str, **more: Any) -> Json:
     return {"type": "text", "text": text, **more}
 
@@ -8189,8 +8357,8 @@ EDITS = [Edit(*row) for row in (
                                             {"tools": [{"type": "function", "function": {"name": "f", "parameters": CLEAN_SCHEMA}}]}),
     ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "function", "name": "f", "parameters": DIRTY_SCHEMA}], **STORED},
                                             {"tools": [{"type": "function", "name": "f", "parameters": CLEAN_SCHEMA}], **STORED}),
-    ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "namespace", "name": "n", "tools": [{"name": "f", "parameters": DIRTY_SCHEMA}]}], **STORED},
-                                            {"tools": [{"type": "namespace", "name": "n", "tools": [{"name": "f", "parameters": CLEAN_SCHEMA}]}], **STORED}),
+    ("$schema",       cp.RESPONSES, False,  {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"name": "f", "parameters": DIRTY_SCHEMA}]}], **STORED},
+                                            {"tools": [{"type": "namespace", "name": "n", "description": "d", "tools": [{"name": "f", "parameters": CLEAN_SCHEMA}]}], **STORED}),
     ("$schema",       cp.MESSAGES,  True,   {"tools": [{"name": "f", "input_schema": DIRTY_SCHEMA}]}, {"tools": [{"name": "f", "input_schema": CLEAN_SCHEMA}]}),
     ("include_usage", cp.CHAT,      True,   {},                                          WITH_USAGE),
     ("include_usage", cp.CHAT,      True,   {"stream_options": None},                    WITH_USAGE),
@@ -8200,8 +8368,8 @@ EDITS = [Edit(*row) for row in (
     ("output_limit",  cp.CHAT,      False,  {"max_completion_tokens": 5, "max_tokens": 6}, {"max_tokens": 6}, OPUS),
     ("least_output",  cp.RESPONSES, False,  {"max_output_tokens": 1, **STORED},          {"max_output_tokens": 16, **STORED}),
     ("body_betas",    cp.MESSAGES,  False,  {"betas": ["x"], "anthropic_beta": "y"},     {}),
-    ("tool_choice",   cp.CHAT,      False,  {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [{"function": {"name": "f"}}, {"function": {"name": "g"}}]},
-                                            {"tool_choice": "required", "tools": [{"function": {"name": "f"}}]}, GEM),
+    ("tool_choice",   cp.CHAT,      False,  {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [chat_tool("f"), chat_tool("g")]},
+                                            {"tool_choice": "required", "tools": [chat_tool("f")]}, GEM),
     ("late_system",   cp.MESSAGES,  False,  turned({"role": "system", "content": "a"}, {"role": "system", "content": [txt("b")]}, "hi", system="s"),
                                             {"messages": [{"role": "user", "content": "hi"}], "system": [txt("s"), txt("a"), txt("b")]}),
     ("late_system",   cp.MESSAGES,  False,  turned("hi", {"role": "system", "content": "now"}, "more"),
@@ -8236,6 +8404,9 @@ EDITS = [Edit(*row) for row in (
     (PAIRS,           cp.MESSAGES,  False,  turned("hi", [used("a")], [txt("first"), ended("a")]), turned("hi", [used("a")], [ended("a"), txt("first")])),
     (PAIRS,           cp.RESPONSES, False,  items("hi", call_item("a"), call_item("b", "custom_tool_call"), output_item("a")),
                                             items("hi", call_item("a"), output_item("a"), call_item("b", "custom_tool_call"), output_item("b", "custom_tool_call_output", NOTED))),
+    (PAIRS,           cp.RESPONSES, False,  items("hi", {"type": "tool_search_call", "call_id": "s", "execution": "client", "arguments": {}}, call_item("a"), output_item("a")),
+                                            items("hi", {"type": "tool_search_call", "call_id": "s", "execution": "client", "arguments": {}},
+                                                  {"type": "tool_search_output", "execution": "client", "call_id": "s", "status": "completed", "tools": []}, call_item("a"), output_item("a"))),
     (PAIRS,           cp.RESPONSES, False,  items(output_item("z", output="old"), "hi"), items({"type": "message", "role": "user", "content": [{"type": "input_text", "text": LONE + "old"}]}, "hi")),
     (PAIRS,           cp.RESPONSES, False,  items(call_item("a"), output_item("a"), output_item("a", output="twice")), items(call_item("a"), output_item("a"))),
     ("arguments",     cp.CHAT,      False,  turned("hi", dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{bad"}}]), chat_result("a")),
@@ -8267,16 +8438,129 @@ EDITS = [Edit(*row) for row in (
     ("cache_request", cp.MESSAGES,  False,  turned([txt("hi"), {"type": "thinking", "thinking": "t", "signature": "s"}], **MARK), turned([txt("hi", **MARK), {"type": "thinking", "thinking": "t", "signature": "s"}])),
     ("cache_inside",  cp.MESSAGES,  False,  turned("hi", [used("a")], [ended("a", [txt("r", **MARK)])]), turned("hi", [used("a")], [ended("a", [txt("r")], **MARK)])),
     ("cache_inside",  cp.MESSAGES,  False,  turned("hi", [{"type": "thinking", "thinking": "t", "signature": "s", **MARK}, txt("a")], "b"), turned("hi", [{"type": "thinking", "thinking": "t", "signature": "s"}, txt("a")], "b")),
-    ("cache_scope",   cp.MESSAGES,  False,  turned([txt("hi", cache_control={"type": "ephemeral", "scope": "global"})], tools=[{"name": "f", **HOUR}]), turned([txt("hi", **MARK)], tools=[{"name": "f", **MARK}])),
-    ("cache_count",   cp.MESSAGES,  False,  turned([txt("a", **MARK), txt("b", **MARK), txt("c", **MARK)], tools=[{"name": "f", **MARK}, {"name": "g", **MARK}], system=[txt("s", **MARK), txt("t", **MARK)]),
-                                            turned([txt("a"), txt("b", **MARK), txt("c", **MARK)], tools=[{"name": "f"}, {"name": "g", **MARK}], system=[txt("s"), txt("t", **MARK)])),
+    ("cache_scope",   cp.MESSAGES,  False,  turned([txt("hi", cache_control={"type": "ephemeral", "scope": "global"})], tools=[bare_tool("f", **HOUR)]), turned([txt("hi", **MARK)], tools=[bare_tool("f", **MARK)])),
+    ("cache_count",   cp.MESSAGES,  False,  turned([txt("a", **MARK), txt("b", **MARK), txt("c", **MARK)], tools=[bare_tool("f", **MARK), bare_tool("g", **MARK)], system=[txt("s", **MARK), txt("t", **MARK)]),
+                                            turned([txt("a"), txt("b", **MARK), txt("c", **MARK)], tools=[bare_tool("f"), bare_tool("g", **MARK)], system=[txt("s"), txt("t", **MARK)])),
+)]
+
+
+# ---- tools and pictures, in three dialects ----
+
+NOTHING = {"type": "object", "properties": {}}
+
+
+def wire_tool(dialect: str, name: str, schema: Any = NOTHING, **more: Any) -> Json:
+    """A function tool as a dialect writes it."""
+    if dialect == cp.CHAT:
+        return {"type": "function", "function": {"name": name, "parameters": schema, **more}}
+    return {"name": name, "input_schema": schema, **more} if dialect == cp.MESSAGES else {"type": "function", "name": name, "parameters": schema, **more}
+
+
+def wire_choice(dialect: str, name: str) -> Json:
+    """A forced tool."""
+    return {cp.CHAT: {"type": "function", "function": {"name": name}}, cp.RESPONSES: {"type": "function", "name": name},
+            cp.MESSAGES: {"type": "tool", "name": name}}[dialect]
+
+
+def wire_calls(dialect: str, *names: str) -> Json:
+    """A conversation in which tools were called, answered and talked about."""
+    if dialect == cp.CHAT:
+        turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [
+            {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": "{}"}} for n, name in enumerate(names)]}]
+        return {"messages": turns + [{"role": "tool", "tool_call_id": f"c{n}", "content": "done"} for n, _ in enumerate(names)]}
+    if dialect == cp.MESSAGES:
+        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": [{"type": "tool_use", "id": f"c{n}", "name": name, "input": {}}
+                                                                                                  for n, name in enumerate(names)]},
+                             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"c{n}", "content": "done"} for n, _ in enumerate(names)]}]}
+    return {"input": [{"type": "message", "role": "user", "content": "go"},
+                      *[{"type": "function_call", "call_id": f"c{n}", "name": name, "arguments": "{}"} for n, name in enumerate(names)],
+                      *[{"type": "function_call_output", "call_id": f"c{n}", "output": "done"} for n, _ in enumerate(names)]]}
+
+
+def wire_images(dialect: str, *urls: str, inside: bool = False) -> Json:
+    """A turn that holds images, or a tool result that does; `note:` is the text in the place of one."""
+    def part(url: str) -> Json:
+        if url.startswith("note:"):
+            return {"type": "input_text" if dialect == cp.RESPONSES else "text", "text": f"[image omitted: {url[5:]}]"}
+        if dialect == cp.CHAT:
+            return {"type": "image_url", "image_url": {"url": url}}
+        if dialect == cp.RESPONSES:
+            return {"type": "input_image", "image_url": url}
+        source = {"type": "url", "url": url} if url.startswith("http") else {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+        return {"type": "image", "source": source}
+    parts = [part(url) for url in urls]
+    if not inside:
+        return {"input" if dialect == cp.RESPONSES else "messages": [{"role": "user", "content": parts}]}
+    body = wire_calls(dialect, "look")
+    if dialect == cp.MESSAGES:
+        body["messages"][-1]["content"][0]["content"] = parts
+    else:
+        (body["messages"] if dialect == cp.CHAT else body["input"])[-1].update({"content" if dialect == cp.CHAT else "output": parts})
+    return body
+
+
+def crowd(dialect: str, numbers: Iterable[int]) -> List[Json]:
+    """Tools 7 and 8 are the client's own, the others a server's."""
+    return [wire_tool(dialect, f"Own{n}" if n in (7, 8) else f"mcp__s__t{n}") for n in numbers]
+
+
+LONG, ODD = "mcp__a_server_with_a_long_name__" + "x" * 48, "files.read"
+LONG_WIRE, ODD_WIRE = cp.Names().shorten(LONG), "files_read"
+BAD_SCHEMA = {"type": None, "required": None, "properties": {"a": {"type": "string", "enum": ["x", None], "description": 5}, "b": None, "c": {"enum": [], "anyOf": [{"type": "null"}, None]}}}
+MENDED_SCHEMA = {"properties": {"a": {"type": "string", "enum": ["x"]}, "b": {}, "c": {"anyOf": [{"type": "null"}]}}, "type": "object"}
+UNHOSTED_EXAMPLES = {cp.CHAT: {"type": "web_search"}, cp.RESPONSES: {"type": "image_generation"}, cp.MESSAGES: {"type": "web_search_20250305", "name": "web_search"}}
+FOUND = {"type": "tool_reference", "tool_name": "gone"}
+
+
+def found(*blocks: Json) -> Json:
+    body = wire_calls(cp.MESSAGES, "search")
+    body["messages"][-1]["content"][0]["content"] = list(blocks)
+    return body
+
+
+for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {})):
+    own = [wire_tool(dialect, "f")]
+    EDITS += [Edit(*row) for row in (
+        ("server_tools", dialect, False, {"tools": own + [UNHOSTED_EXAMPLES[dialect]], **stored}, {"tools": own, **stored}),
+        ("tool_limit",   dialect, False, {"tools": crowd(dialect, range(140)), "tool_choice": wire_choice(dialect, "mcp__s__t138"), **wire_calls(dialect, "mcp__s__t139"), **stored},
+                                         {"tools": crowd(dialect, [*range(126), 138, 139]), "tool_choice": wire_choice(dialect, "mcp__s__t138"),
+                                          **wire_calls(dialect, "mcp__s__t139"), **stored}),
+        ("tool_names",   dialect, False, {"tools": own + [wire_tool(dialect, LONG), wire_tool(dialect, ODD)], "tool_choice": wire_choice(dialect, LONG), **wire_calls(dialect, ODD, "f"), **stored},
+                                         {"tools": own + [wire_tool(dialect, LONG_WIRE), wire_tool(dialect, ODD_WIRE)], "tool_choice": wire_choice(dialect, LONG_WIRE),
+                                          **wire_calls(dialect, ODD_WIRE, "f"), **stored}),
+        ("schema",       dialect, False, {"tools": own + [wire_tool(dialect, "g", BAD_SCHEMA, description=None)], **stored}, {"tools": own + [wire_tool(dialect, "g", MENDED_SCHEMA)], **stored}),
+        ("images",       dialect, False, {**wire_images(dialect, PIXEL, png_url(9000, 10)), **stored},
+                                         {**wire_images(dialect, PIXEL, "note:9000x10 px is over the limit of 8000"), **stored}),
+        ("images",       dialect, False, {**wire_images(dialect, png_url(9, 9, 4_000_000), PIXEL, inside=True), **stored},
+                                         {**wire_images(dialect, "note:4000000 bytes is over the limit of 3145728", PIXEL, inside=True), **stored}),
+    )]
+EDITS += [Edit(*row) for row in (
+    ("eager_input_streaming", cp.MESSAGES, False, {"tools": [wire_tool(cp.MESSAGES, "f", eager_input_streaming=True)]}, {"tools": [wire_tool(cp.MESSAGES, "f")]}),
+    ("speed",           cp.MESSAGES,  False, {"speed": "fast"}, {}),
+    ("namespaces",      cp.RESPONSES, False, {"tools": [{"type": "namespace", "name": "n", "description": " ", "tools": []}], **STORED},
+                                             {"tools": [{"type": "namespace", "name": "n", "description": "Tools of n", "tools": []}], **STORED}),
+    ("tool_references", cp.MESSAGES,  False, {"tools": [wire_tool(cp.MESSAGES, "f")], **found(FOUND, {"type": "tool_reference", "tool_name": "f"})},
+                                             {"tools": [wire_tool(cp.MESSAGES, "f")], **found({"type": "text", "text": "Tool gone loaded"}, {"type": "tool_reference", "tool_name": "f"})}),
 )]
 # Bodies that nothing concerns: they go on as they came.
+SEARCHED = [{"type": "tool_search_call", "call_id": "s", "execution": "client", "arguments": {}}, {"type": "tool_search_output", "call_id": "s", "tools": []},
+            {"type": "tool_search_call", "call_id": None, "execution": "server", "arguments": {}}]
 CLEAN_BODIES = [
+    *[(dialect, False, {"tools": crowd(dialect, range(128)), "tool_choice": wire_choice(dialect, "Own7"), **wire_calls(dialect, "Own7", "gone"), **stored})
+      for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {}))],
+    *[(dialect, False, {**wire_images(dialect, PIXEL, "https://x.test/a.png", png_url(8000, 10, 3_145_728), inside=inside), **stored})
+      for dialect, stored in ((cp.CHAT, {}), (cp.RESPONSES, STORED), (cp.MESSAGES, {})) for inside in (False, True)],
+    (cp.RESPONSES, False, {**STORED, "tools": [{"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+                                               {"type": "web_search"}, {"type": "tool_search", "execution": "client", "parameters": None}, {"type": "shell"},
+                                               {"type": "namespace", "name": "n", "description": "d", "tools": [wire_tool(cp.RESPONSES, "f")]}], "tool_choice": "required"}),
+    (cp.MESSAGES, False, {"tools": [{"type": "bash_20250124", "name": "bash"}, {"type": "text_editor_20250728", "name": "edit"}, wire_tool(cp.MESSAGES, "f", type="custom")],
+                          **found({"type": "tool_reference", "tool_name": "f"}, {"type": "text", "text": "tool_reference"})}),
+
     (cp.CHAT, False, {"messages": [{"role": "user", "content": '"service_tier" and "$schema"'}], "store": True}),
     (cp.CHAT, True, {**WITH_USAGE, "tools": [{"type": "function", "function": {"name": "f", "parameters": CLEAN_SCHEMA}}]}),
+    (cp.RESPONSES, True, {**STORED, "input": SEARCHED}),
     (cp.RESPONSES, True, {**STORED, "input": [{"type": "function_call", "arguments": "{\"$schema\":1}"}], "tools": [{"type": "web_search"}, 5]}),
-    (cp.MESSAGES, True, {"tools": [{"name": "f", "input_schema": {"properties": {"service_tier": {}}}}], "store": True, "metadata": {"service_tier": "x"}}),
+    (cp.MESSAGES, True, {"tools": [{"name": "f", "input_schema": {"properties": {"service_tier": {}}, "type": "object"}}], "store": True, "metadata": {"service_tier": "x"}}),
     (cp.MESSAGES, False, {"tools": None, "stream_options": {}}),
 ]
 
@@ -8288,6 +8572,11 @@ def edited(body: Json, dialect: str, stream: bool, provider: str = "copilot", mo
     body = copy.deepcopy(body)
     changed = cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
     return body, changed, plan
+
+
+def asked_upstream(dialect: str, body: Optional[Json] = None, model: str = "") -> Any:
+    """What the checks of the scripted upstream look at."""
+    return argparse.Namespace(dialect=dialect, body=body or {}, model=model)
 
 
 class RequestEdits(unittest.TestCase):
@@ -8361,6 +8650,357 @@ class RequestEdits(unittest.TestCase):
                 ("context-1m-2025-08-07,Interleaved-Thinking-2025-05-14", [], ["context-1m-2025-08-07", "Interleaved-Thinking-2025-05-14"])):
             with self.subTest(header):
                 self.assertEqual(cp.sift_betas(header), (kept, dropped))
+
+
+class ToolRows(unittest.TestCase):
+    """Tools on their way up: what is set aside, what is mended, what is renamed."""
+
+    def kept(self, body: Json, dialect: str, **plan: Any) -> Tuple[Json, cp.Plan]:
+        """(the body after the edits, the plan); a second run changes nothing."""
+        plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
+        body = copy.deepcopy(body)
+        for changed in (True, False):
+            self.assertEqual(changed, cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan)))
+        return body, plan
+
+    def test_what_is_set_aside_is_named_once_and_shortly(self):
+        for dialect in DIALECTS_SERVED:
+            with self.subTest(dialect):
+                body, plan = self.kept({**STORED, "tools": crowd(dialect, range(130)) + [wire_tool(dialect, "mcp__ü,\n" + "x" * 99)]}, dialect)
+                self.assertEqual(["tool:mcp__s__t128", "tool:mcp__s__t129", "tool:mcp_____" + "x" * 72], plan.dropped)
+                _, plan = self.kept({**STORED, "tools": crowd(dialect, range(200))}, dialect)
+                self.assertEqual((17, "tool:+56"), (len(plan.dropped), plan.dropped[-1]))
+
+    def test_servers_tools_go_before_the_clients_own_and_those_before_called_ones(self):
+        for dialect in DIALECTS_SERVED:
+            own = [wire_tool(dialect, f"Own{n}") for n in range(127)]
+            mcp = [wire_tool(dialect, f"mcp__s__t{n}") for n in range(4)]
+            body, _ = self.kept({**STORED, "tools": mcp + own, **wire_calls(dialect, "mcp__s__t2")}, dialect)
+            self.assertEqual(mcp[2:3] + own, body["tools"])
+            body, _ = self.kept({**STORED, "tools": mcp + own + [wire_tool(dialect, "Late")], "tool_choice": wire_choice(dialect, "mcp__s__t3")}, dialect)
+            self.assertEqual(mcp[3:] + own, body["tools"])
+
+    def test_a_namespace_counts_its_tools_and_goes_with_the_last(self):
+        def namespace(name: str, *numbers: int) -> Json:
+            return {"type": "namespace", "name": name, "description": "d", "tools": [wire_tool(cp.RESPONSES, f"t{n}") for n in numbers]}
+        own = [wire_tool(cp.RESPONSES, f"Own{n}") for n in range(126)]
+        body, plan = self.kept({**STORED, "tools": [namespace("a", 1, 2, 3), namespace("b", 4), *own], **wire_calls(cp.RESPONSES, "t3")}, cp.RESPONSES)
+        self.assertEqual([namespace("a", 1, 3), *own], body["tools"])
+        self.assertEqual(["tool:t2", "tool:t4"], plan.dropped)
+
+    def test_deferred_tools_of_claude_are_not_counted(self):
+        tools = [wire_tool(cp.MESSAGES, f"f{n}", defer_loading=n > 99) for n in range(300)]
+        self.assertEqual(({"tools": tools}, False), edited({"tools": tools}, cp.MESSAGES, False)[:2])
+
+    def test_the_cache_mark_of_the_last_tool_stays_at_the_last_that_may_carry_it(self):
+        mark = {"cache_control": {"type": "ephemeral"}}
+        marked, deferred = wire_tool(cp.MESSAGES, "mcp__s__last", **mark), wire_tool(cp.MESSAGES, "d", defer_loading=True)
+        body, _ = self.kept({"tools": crowd(cp.MESSAGES, range(128)) + [deferred, marked]}, cp.MESSAGES)
+        self.assertEqual(crowd(cp.MESSAGES, range(127)) + [wire_tool(cp.MESSAGES, "mcp__s__t127", **mark), deferred], body["tools"])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, "f", **mark), UNHOSTED_EXAMPLES[cp.MESSAGES], wire_tool(cp.MESSAGES, "g")]}, cp.MESSAGES)
+        self.assertEqual([wire_tool(cp.MESSAGES, "f", **mark), wire_tool(cp.MESSAGES, "g")], body["tools"])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, "f", **mark), {**UNHOSTED_EXAMPLES[cp.MESSAGES], **mark}, wire_tool(cp.MESSAGES, "g")]}, cp.MESSAGES)
+        self.assertEqual([wire_tool(cp.MESSAGES, "f", **mark), wire_tool(cp.MESSAGES, "g")], body["tools"])
+
+    def test_a_choice_that_points_at_a_tool_set_aside_goes_with_it(self):
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "image_generation"}, {"type": "function", "name": "f"}]}
+        nested = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "web_search"}, wire_choice(cp.CHAT, "f")]}}
+        for dialect, choice, wanted in (
+                (cp.RESPONSES, {"type": "image_generation"}, None), (cp.RESPONSES, wire_choice(cp.RESPONSES, "f"), wire_choice(cp.RESPONSES, "f")),
+                (cp.RESPONSES, allowed, {**allowed, "tools": allowed["tools"][1:]}), (cp.RESPONSES, {**allowed, "tools": allowed["tools"][:1]}, None),
+                (cp.CHAT, nested, {**nested, "allowed_tools": {"mode": "auto", "tools": [wire_choice(cp.CHAT, "f")]}}), (cp.MESSAGES, {"type": "tool", "name": "web_search"}, None),
+                (cp.MESSAGES, {"type": "any"}, {"type": "any"}), (cp.CHAT, "required", "required")):
+            with self.subTest(dialect, choice=choice):
+                body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, "f"), UNHOSTED_EXAMPLES[dialect]], "tool_choice": choice}, dialect)
+                self.assertEqual(wanted, body.get("tool_choice"))
+                self.assertEqual(1, len(plan.dropped), plan.dropped)
+
+    def test_a_function_of_the_same_name_keeps_its_choice(self):
+        tools = [UNHOSTED_EXAMPLES[cp.MESSAGES], wire_tool(cp.MESSAGES, "web_search")]
+        body, _ = self.kept({"tools": tools, "tool_choice": wire_choice(cp.MESSAGES, "web_search")}, cp.MESSAGES)
+        self.assertEqual({"tools": tools[1:], "tool_choice": wire_choice(cp.MESSAGES, "web_search")}, body)
+
+    def test_without_a_tool_left_the_fields_about_tools_go_too(self):
+        for dialect in DIALECTS_SERVED:
+            body, _ = self.kept({**STORED, "tools": [UNHOSTED_EXAMPLES[dialect]], "tool_choice": "required", "parallel_tool_calls": True}, dialect)
+            self.assertEqual(STORED, body)
+            sent = {**STORED, "tools": [UNHOSTED_EXAMPLES[dialect]], **wire_calls(dialect, "f", "f")}
+            body, _ = self.kept(sent, dialect)
+            self.assertEqual([wire_tool(dialect, "f")] if dialect == cp.MESSAGES else None, body.get("tools"))
+
+    def test_every_kind_upstream_would_have_to_run_is_set_aside(self):
+        for dialect, kinds in ((cp.RESPONSES, ("file_search", "code_interpreter", "computer_use_preview", "computer", "mcp", "local_shell", "image_generation")),
+                               (cp.MESSAGES, ("web_search_20260209", "web_fetch_20250910", "code_execution_20250825", "computer_20250124", "mcp_toolset"))):
+            for kind in kinds:
+                body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, "f"), {"type": kind}]}, dialect)
+                self.assertEqual(([wire_tool(dialect, "f")], [f"tool:{kind}"]), (body["tools"], plan.dropped))
+
+    def test_a_tool_set_aside_is_named_as_its_client_calls_it(self):
+        plan = cp.Plan(cp.RESPONSES, upstream_dialect=cp.CHAT, road="translated")
+        wire = plan.names.shorten("list", "github")
+        body = {"tools": [wire_tool(cp.CHAT, f"Own{n}") for n in range(128)] + [wire_tool(cp.CHAT, wire)]}
+        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        self.assertEqual(["tool:github.list"], plan.dropped)
+
+    def test_speed_is_named(self):
+        self.assertEqual(["field:speed"], self.kept({"speed": "fast"}, cp.MESSAGES)[1].dropped)
+
+    # (what a client sends, what goes on); everywhere, if not said otherwise
+    SCHEMAS = [
+        (None, NOTHING), ("x", NOTHING), ([], NOTHING), (True, NOTHING), ({}, NOTHING), ({"type": "object"}, NOTHING), ({"type": "object", "properties": None}, NOTHING),
+        ({"type": "string"}, NOTHING), ({**NOTHING, "enum": ["a"], "not": {}}, NOTHING), ({"properties": {"a": {}}}, {"properties": {"a": {}}, "type": "object"}),
+        ({**NOTHING, "required": True, "additionalProperties": None, "title": None, "description": {"x": 1}}, NOTHING),
+        ({**NOTHING, "required": ["a", None, 5]}, {**NOTHING, "required": ["a"]}),
+        ({"type": ["object", "null"], "properties": {}}, NOTHING),
+        ({**NOTHING, "anyOf": None, "oneOf": [], "allOf": {}}, NOTHING),
+        ({**NOTHING, "$defs": {"d": {"items": None, "enum": "x"}}}, {**NOTHING, "$defs": {"d": {}}}),
+        ({**NOTHING, "oneOf": [{"$ref": "#/$defs/d"}, {"properties": {"b": {}}, "required": ["b", "c"]}], "$defs": {"d": {"properties": {"a": {}}, "required": ["c"]}}},
+         {"type": "object", "properties": {"b": {}, "a": {}}, "$defs": {"d": {"properties": {"a": {}}, "required": ["c"]}}, "required": ["c"]}),
+        ({"allOf": [{"properties": {"a": {}}, "required": ["a"]}, {"required": ["b"]}]}, {"properties": {"a": {}}, "required": ["a", "b"], "type": "object"}),
+    ]
+    # (a property a client sends, what goes on)
+    PROPERTIES = [
+        ({"type": "string", "enum": ["a", None]}, {"type": "string", "enum": ["a"]}), ({"type": "string", "enum": [None]}, {"type": "string"}), ({"enum": None}, {}),
+        ({"enum": {}}, {}), ({"type": [None, "string", 5]}, {"type": ["string"]}), ({"type": []}, {}), ({"type": 5}, {}), ({"not": 5, "if": None}, {}),
+        ({"type": "array", "items": {"anyOf": [None]}}, {"type": "array", "items": {}}), ({"items": [None, {"type": None}]}, {"items": [{}]}),
+        ({"type": "object", "properties": {"x": {"anyOf": [{"oneOf": [{"description": []}]}]}}}, {"type": "object", "properties": {"x": {"anyOf": [{"oneOf": [{}]}]}}}),
+        ({"type": "object", "additionalProperties": {"type": None}}, {"type": "object", "additionalProperties": {}}),
+    ]
+    # A property that is fine, and stays the same object.
+    FINE = [{"enum": ["a", None]}, {"type": ["string", "null"], "enum": ["a", None]}, {"type": "null", "enum": [None]}, {"default": None, "const": None}, {"items": False}, True,
+            {"anyOf": [{"type": "null"}, True]}, {"properties": {"enum": {}, "type": {}, "required": {}}}, {"x-odd": [None], "examples": [None]}]
+
+    def test_a_bad_schema_is_mended_in_every_dialect(self):
+        nested = [({**NOTHING, "properties": {"p": sent}}, {**NOTHING, "properties": {"p": wanted}}) for sent, wanted in self.PROPERTIES]
+        for dialect in DIALECTS_SERVED:
+            for sent, wanted in self.SCHEMAS + nested:
+                with self.subTest(dialect, sent=sent):
+                    body, _ = self.kept({**STORED, "tools": [wire_tool(dialect, "f", sent)]}, dialect)
+                    self.assertEqual([wire_tool(dialect, "f", wanted)], body["tools"])
+                    self.assertFalse(schema_fault(wanted, asked_upstream(dialect)))
+
+    def test_a_tool_without_a_schema_gets_one(self):
+        for dialect in DIALECTS_SERVED:
+            bare = wire_tool(dialect, "f")
+            bare.get("function", bare).pop("input_schema" if dialect == cp.MESSAGES else "parameters")
+            self.assertEqual([wire_tool(dialect, "f")], self.kept({**STORED, "tools": [bare]}, dialect)[0]["tools"])
+
+    def test_a_schema_that_is_fine_stays_the_same_object(self):
+        schema = {**NOTHING, "properties": {str(number): value for number, value in enumerate(self.FINE)}, "required": [], "additionalProperties": False}
+        for rules in (*cp.SCHEMA_RULES.values(), cp.GEMINI_SCHEMA_RULES):
+            self.assertIs(CLEAN_SCHEMA, cp.mended_parameters(CLEAN_SCHEMA, rules))
+        for rules in cp.SCHEMA_RULES.values():
+            self.assertIs(schema, cp.mended_parameters(schema, rules))
+
+    def test_a_mended_schema_does_not_change_the_one_it_was(self):
+        before = copy.deepcopy(BAD_SCHEMA)
+        cp.mended_parameters(BAD_SCHEMA, cp.GEMINI_SCHEMA_RULES)
+        self.assertEqual(before, BAD_SCHEMA)
+
+    def test_arrays_say_what_they_hold_where_openai_or_google_validate(self):
+        schema = {**NOTHING, "properties": {"a": {"type": "array"}, "b": {"type": ["array", "null"], "items": None}}}
+        wanted = {**NOTHING, "properties": {"a": {"type": "array", "items": {}}, "b": {"type": ["array", "null"], "items": {}}}}
+        for dialect in (cp.CHAT, cp.RESPONSES):
+            self.assertEqual([wire_tool(dialect, "f", wanted)], self.kept({**STORED, "tools": [wire_tool(dialect, "f", schema)]}, dialect)[0]["tools"])
+        self.assertEqual({"a": {"type": "array"}, "b": {"type": ["array", "null"]}}, cp.mended_parameters(schema, cp.SCHEMA_RULES[cp.MESSAGES])["properties"])
+
+    def test_gemini_gets_one_type_and_enums_of_strings(self):
+        sent = {"a": {"type": ["null", "string"], "enum": ["x", 1, None]}, "b": {"type": "integer", "enum": [1, 2]}, "c": {"enum": [1, True, "x"]},
+                "d": {"type": ["array", "null"], "items": {"type": "integer"}, "enum": [1]}, "e": {"type": ["null"]}, "f": {"type": "string", "enum": ["y"]}}
+        wanted = {"a": {"type": "string", "enum": ["x", "1"]}, "b": {"type": "integer"}, "c": {"enum": ["1", "true", "x"]},
+                  "d": {"type": "array", "items": {"type": "integer"}}, "e": {"type": "null"}, "f": {"type": "string", "enum": ["y"]}}
+        tools = [wire_tool(cp.CHAT, "f", {**NOTHING, "properties": sent})]
+        self.assertEqual([wire_tool(cp.CHAT, "f", {**NOTHING, "properties": wanted})], self.kept({"tools": tools}, cp.CHAT, model="gemini-3.1-pro-preview")[0]["tools"])
+
+    def test_odd_schemas_raise_nothing_and_pass_a_validator_afterwards(self):
+        chance = random.Random(41)
+        words = ("type", "properties", "enum", "items", "anyOf", "allOf", "required", "$defs", "description", "additionalProperties", "not", "$ref")
+        leaves = (None, True, 5, "string", "array", "object", [], {}, [None, "null"], ["a"], "#/$defs/type", "#/properties/type")
+
+        def odd(depth: int) -> Any:
+            kind = chance.random()
+            if depth == 0 or kind < 0.3:
+                return chance.choice(leaves)
+            if kind < 0.5:
+                return [odd(depth - 1) for _ in range(2)]
+            return {chance.choice(words): odd(depth - 1) for _ in range(3)}
+        for _ in range(1000):
+            dialect = chance.choice(DIALECTS_SERVED)
+            body = {"tools": [wire_tool(dialect, "f", odd(5))]}
+            plan = cp.Plan(dialect, upstream_dialect=dialect, model=chance.choice(("gpt-5", "gemini-3-flash")))
+            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+            ask = asked_upstream(dialect, body, plan.model if dialect == cp.CHAT else "")
+            self.assertFalse(bad_tool_schema(ask), body)
+            self.assertFalse(cp.mend_tool_schemas(body, plan), body)
+
+    def test_odd_bodies_raise_nothing(self):
+        chance = random.Random(47)
+        keys = ("tools", "tool_choice", "messages", "input", "content", "name", "type", "function", "custom", "tool_calls", "tool_name", "allowed_tools", "role", "output", "description")
+        leaves = ("namespace", "tool_use", "tool_result", "tool_reference", "function_call", "computer", "f.g", "tool", None, 5, [], {}, "function", "custom", "web_search_20250305")
+
+        def odd(depth: int) -> Any:
+            kind = chance.random()
+            if depth == 0 or kind < 0.3:
+                return chance.choice(leaves)
+            return [odd(depth - 1) for _ in range(2)] if kind < 0.6 else {chance.choice(keys): odd(depth - 1) for _ in range(4)}
+        for _ in range(400):
+            dialect = chance.choice(DIALECTS_SERVED)
+            tools = [odd(3) for _ in range(3)] + [{"name": f"t{number}"} for number in range(chance.choice((0, 0, 140)))]
+            body = {"tools": tools, "tool_choice": odd(3), chance.choice(("messages", "input")): [odd(4) for _ in range(3)]}
+            plan = edited(body, dialect, False)[2]
+            cp.restore_tool_names({name: odd(3) for name in ("choices", "output", "response", "item", "content_block", "content", "tool_calls", "type")}, plan)
+
+    def test_two_tools_never_share_a_name(self):
+        names = ["a.b", "a_b", "a/b", "f" * 64, "f" * 65, "f" * 66]
+        for dialect in DIALECTS_SERVED:
+            body, plan = self.kept({**STORED, "tools": [wire_tool(dialect, name) for name in names]}, dialect)
+            wire = [cp.tool_label(tool) for tool in body["tools"]]
+            self.assertEqual(len(names), len(set(wire)))
+            self.assertTrue(all(cp.WIRE_NAME.fullmatch(name) for name in wire))
+            self.assertEqual(["a_b", "f" * 64], [name for name in wire if name in names])
+            self.assertEqual(names, [plan.names.restore(name)[0] for name in wire])
+
+    def test_names_are_shortened_wherever_they_stand(self):
+        nested = {"type": "namespace", "name": "n", "description": "d", "tools": [wire_tool(cp.RESPONSES, ODD)]}
+        search = {"type": "tool_search_call", "call_id": "c9", "arguments": {}}
+        loaded = {"type": "tool_search_output", "call_id": "c9", "tools": [wire_tool(cp.RESPONSES, LONG)]}
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [wire_choice(cp.RESPONSES, ODD)]}
+        body, _ = self.kept({**STORED, "tools": [nested], "tool_choice": allowed, "input": [search, loaded, {"type": "custom_tool_call", "name": ODD, "input": ODD}]}, cp.RESPONSES)
+        self.assertEqual(dict(body, input=None), {**STORED, "tools": [dict(nested, tools=[wire_tool(cp.RESPONSES, ODD_WIRE)])],
+                                                  "tool_choice": dict(allowed, tools=[wire_choice(cp.RESPONSES, ODD_WIRE)]), "input": None})
+        self.assertEqual(body["input"], [search, dict(loaded, tools=[wire_tool(cp.RESPONSES, LONG_WIRE)]), {"type": "custom_tool_call", "name": ODD_WIRE, "input": ODD}])
+        body, _ = self.kept({"messages": [chat_call("c1"), {"role": "tool", "tool_call_id": "c1", "name": ODD, "content": ODD}]}, cp.CHAT)
+        self.assertEqual({"role": "tool", "tool_call_id": "c1", "name": ODD_WIRE, "content": ODD}, body["messages"][1])
+        body, _ = self.kept({"tools": [wire_tool(cp.MESSAGES, LONG)], **found({"type": "tool_reference", "tool_name": LONG})}, cp.MESSAGES)
+        self.assertEqual([{"type": "tool_reference", "tool_name": LONG_WIRE}], body["messages"][-1]["content"][0]["content"])
+
+    def test_an_answer_comes_back_under_the_tools_own_names(self):
+        action = ModelAction(text=f"I call {ODD_WIRE}", calls=[ModelCall(LONG_WIRE, {"a": LONG_WIRE}), ModelCall(ODD_WIRE), ModelCall("f")], stop="tool")
+        for dialect in DIALECTS_SERVED:
+            _, plan = self.kept({**STORED, "tools": [wire_tool(dialect, name) for name in (LONG, ODD, "f")]}, dialect)
+            with ScriptedUpstream() as upstream:
+                upstream.model = lambda *_: action
+                for stream in (False, True):
+                    with self.subTest(dialect, stream=stream):
+                        codec, data = cp.CODECS[dialect], self.answered(upstream, dialect, stream)
+                        patch = cp.RestoredNames(plan)
+                        if stream:
+                            frames = cp.split_frames(data)
+                            self.assertTrue(patch.touches(data))
+                            calm = [frame for frame in frames if not patch.touches(frame)]
+                            self.assertEqual(calm, [patch.edit(frame) for frame in calm])
+                            reply = cp.collect(codec.decode_stream([cp.parse_frames(b"".join(map(patch.edit, frames)))]))
+                        else:
+                            whole = json.loads(data)
+                            self.assertTrue(cp.restore_tool_names(whole, plan))
+                            self.assertFalse(cp.restore_tool_names(whole, plan))
+                            reply = codec.decode_reply(whole)
+                        self.assertEqual([LONG, ODD, "f"], [block.name for block in reply.content if isinstance(block, cp.ToolCall)])
+                        self.assertIn(ODD_WIRE, json.dumps(cp.CODECS[cp.CHAT].encode_reply(reply, None)))
+
+    @staticmethod
+    def answered(upstream: Any, dialect: str, stream: bool) -> bytes:
+        """What upstream answers to a request with nothing special, as bytes."""
+        token = json.loads(urllib.request.urlopen(urllib.request.Request(upstream.url + "/copilot_internal/v2/token", headers={"Authorization": "token ghu_test"})).read())["token"]
+        path, body = streaming(dialect) if stream else asking(dialect)
+        request = urllib.request.Request(upstream.url + UPSTREAM_PATHS[dialect], cp.dump_json(body), {**IDENTITY, "Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request) as answer:
+            return answer.read()
+
+    def test_ended_arguments_and_repeated_tools_are_named_too(self):
+        _, plan = self.kept({**STORED, "tools": [wire_tool(cp.RESPONSES, ODD)]}, cp.RESPONSES)
+        done = {"type": "response.function_call_arguments.done", "item_id": "fc_1", "name": ODD_WIRE, "arguments": "{}"}
+        self.assertEqual({**done, "name": ODD}, cp.frame_json(cp.RestoredNames(plan).edit(cp.format_sse(done["type"], done))))
+        repeated = {"type": "response.created", "response": {"id": "r", "output": [], "tools": [wire_tool(cp.RESPONSES, ODD_WIRE)]}}
+        self.assertTrue(cp.restore_tool_names(repeated, plan))
+        self.assertEqual([wire_tool(cp.RESPONSES, ODD)], repeated["response"]["tools"])
+
+    def test_a_body_shaped_anew_names_nothing_twice(self):
+        plan = cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES)
+        for _ in range(2):
+            body = {"tools": crowd(cp.MESSAGES, range(129)), "speed": "fast", **wire_images(cp.MESSAGES, png_url(9000, 9))}
+            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        self.assertEqual(["field:speed", "tool:mcp__s__t128", "image:1"], plan.dropped)
+
+    def test_nothing_is_restored_where_nothing_was_renamed(self):
+        plan = edited({"tools": [wire_tool(cp.CHAT, "f")]}, cp.CHAT, False)[2]
+        self.assertFalse(cp.RestoredNames(plan).touches(b'data: {"name":"f"}\n\n'))
+        self.assertFalse(cp.restore_tool_names({"choices": [{"message": {"tool_calls": [{"function": {"name": ["f"]}}]}}, 5]}, plan))
+
+
+class PictureRows(unittest.TestCase):
+    """Images on their way up: the newest win, what is too large becomes a note."""
+
+    def told(self, dialect: str, body: Json, **plan: Any) -> Tuple[Json, cp.Plan]:
+        plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
+        plan.caller.vision = True
+        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        return body, plan
+
+    def record(self, **vision: Any) -> Json:
+        return {"capabilities": {"limits": {"vision": vision}}}
+
+    def test_the_newest_images_win(self):
+        for dialect, inside in itertools.product(DIALECTS_SERVED, (False, True)):
+            with self.subTest(dialect, inside=inside):
+                urls = [png_url(9, n) for n in range(1, 6)]
+                body, plan = self.told(dialect, {**STORED, **wire_images(dialect, *urls, inside=inside)}, record=self.record(max_prompt_images=2), model="gpt-4o")
+                self.assertEqual({**STORED, **wire_images(dialect, *["note:only the newest 2 are sent"] * 3, *urls[3:], inside=inside)}, body)
+                self.assertEqual((["image:3"], True), (plan.dropped, plan.caller.vision))
+
+    def test_an_image_that_is_too_large_takes_no_ones_place(self):
+        body, _ = self.told(cp.CHAT, wire_images(cp.CHAT, PIXEL, png_url(9000, 1), png_url(9, 9, 4_000_000)), record=self.record(max_prompt_images=1), model="gpt-4o")
+        self.assertEqual(wire_images(cp.CHAT, PIXEL, "note:9000x1 px is over the limit of 8000", "note:4000000 bytes is over the limit of 3145728"), body)
+
+    def test_limits_come_from_the_settings_then_the_record_then_the_brand(self):
+        for model, record, asked, wanted in (
+                ("gpt-4o", self.record(max_prompt_images=3, max_prompt_image_size=500), cp.ImageLimits(), (500, 8000, 3)),
+                ("gpt-4o", self.record(max_prompt_images=3), cp.ImageLimits(7, 70, 700), (7, 70, 700)),
+                ("claude-opus-4.6", self.record(max_prompt_images=1), cp.ImageLimits(), (3_145_728, 8000, 20)),
+                ("gemini-2.5-pro", None, cp.ImageLimits(), (3_145_728, 8000, 10)),
+                ("gpt-4o", self.record(max_prompt_images="x"), cp.ImageLimits(), (3_145_728, 2000, 30)),
+                ("claude-opus-4.6", {}, cp.ImageLimits(count=21), (3_145_728, 2000, 21)),
+                ("claude-opus-4.6", {"capabilities": 5}, cp.ImageLimits(pixels=5000, count=99), (3_145_728, 5000, 99))):
+            with self.subTest(model, record=record, asked=asked):
+                limits = cp.image_limits(cp.Plan(cp.CHAT, model=model, record=record, image_limits=asked), 30)
+                self.assertEqual(wanted, (limits.bytes, limits.pixels, limits.count))
+
+    def test_many_images_have_to_be_smaller(self):
+        for number, wanted in ((20, True), (21, False)):
+            urls = [png_url(2001, 9)] + [PIXEL] * (number - 1)
+            self.assertEqual(wanted, self.told(cp.CHAT, wire_images(cp.CHAT, *urls), model="gpt-4o")[0] == wire_images(cp.CHAT, *urls))
+
+    def test_the_vision_header_follows_the_images_that_are_left(self):
+        for dialect, inside in itertools.product(DIALECTS_SERVED, (False, True)):
+            for urls, wanted in (((png_url(9000, 9),), False), ((png_url(9000, 9), PIXEL), True), ((PIXEL,), True)):
+                self.assertEqual(wanted, self.told(dialect, wire_images(dialect, *urls, inside=inside))[1].caller.vision)
+
+    def test_a_translation_that_lost_its_images_needs_no_vision_header(self):
+        self.assertFalse(self.told(cp.CHAT, {"messages": []}, road="translated")[1].caller.vision)
+        self.assertTrue(self.told(cp.CHAT, {"messages": []})[1].caller.vision)  # in a place that is not known here
+
+    def test_a_cache_mark_survives_its_image(self):
+        body = wire_images(cp.MESSAGES, png_url(9000, 9))
+        body["messages"][0]["content"][0]["cache_control"] = {"type": "ephemeral"}
+        self.assertEqual({"type": "ephemeral"}, self.told(cp.MESSAGES, body)[0]["messages"][0]["content"][0]["cache_control"])
+
+    def test_an_image_costs_its_head_only(self):
+        urls = [png_url(800, 600, 3_000_000)] * 20
+        body, plan = wire_images(cp.MESSAGES, *urls), cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES, model="claude-opus-4.6")
+        decoded = []
+        kept, cp.decode_base64 = cp.decode_base64, lambda text, limit=None: decoded.append(limit) or kept(text, limit)
+        try:
+            self.assertFalse(cp.limit_images(body, plan))
+        finally:
+            cp.decode_base64 = kept
+        self.assertEqual([cp.IMAGE_HEAD_BYTES] * 20, decoded)
+
+    def test_odd_images_raise_nothing(self):
+        chance = random.Random(43)
+        for _ in range(500):
+            part = {"type": chance.choice(("image", "image_url", "input_image", "tool_result")), "source": random_json(chance), "image_url": random_json(chance), "content": [random_json(chance)]}
+            dialect = chance.choice(DIALECTS_SERVED)
+            self.told(dialect, {"input" if dialect == cp.RESPONSES else "messages": [{"content": [part, random_json(chance)], "output": random_json(chance)}, random_json(chance)]})
 
 
 class FrameEdits(unittest.TestCase):
@@ -8553,12 +9193,6 @@ class TokenEstimatorTest(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [])
-
-
-def png_header(width: int, height: int) -> bytes:
-    rows = zlib.compress(b"\0" * 64)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
 
 
 def gif_header(width: int, height: int) -> bytes:
@@ -15889,6 +16523,102 @@ class AnyClientAnyModel(RelayCase):
                     body["generationConfig"].update(stopSequences=["X"], responseMimeType="application/json", responseJsonSchema=CITY_SCHEMA, seed=1)
                 answer = self.post(path, body)
                 self.assertEqual(200, answer.status, answer.text[:400])
+
+
+class ToolsAndPictures(RelayCase):
+    """One bad tool, one huge picture: the turn succeeds in one upstream call, on both roads."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.gateway.app.models.current().records[MODEL_OF[cp.MESSAGES]]["supported_endpoints"] = ["/v1/messages"]
+
+    LONG_NAMES = [f"mcp__a_server_with_a_long_name__{letter * 48}" for letter in "abc"]
+    TOOLS = [cp.Tool(name, "d", CITY_SCHEMA) for name in LONG_NAMES] + [cp.Tool("bad", "d", BAD_SCHEMA)] + [cp.Tool(f"mcp__s__t{n}", "d", CITY_SCHEMA) for n in range(136)]
+    ASIDE = ",".join(f"tool:mcp__s__t{n}" for n in range(124, 136))
+    # The names of calls that are passed through come back once the room's row has a frame edit (Quirk.frames, RestoredNames).
+    RESTORED = hasattr(cp.Quirk, "frames")
+
+    def asked(self, dialect: str, upstream: str, streamed: bool, **request: Any) -> Tuple[Reply, Seen]:
+        """The answer to a request of the hub's in a client's dialect, and what upstream got: one request."""
+        value = cp.Request(MODEL_OF[upstream], stream=streamed, max_tokens=999, **request)
+        path = (GEMINI_STREAM_PATH if streamed else GEMINI_PATH).format(value.model) if dialect == cp.GEMINI else ASK[dialect][0]
+        before = len(self.upstream.seen(UPSTREAM_PATHS[upstream]))
+        answer = self.post(path, cp.CODECS[dialect].encode_request(value))
+        self.assertEqual(200, answer.status, answer.text[:300])
+        seen = self.upstream.seen(UPSTREAM_PATHS[upstream])[before:]
+        self.assertEqual(1, len(seen))
+        return answer, seen[0]
+
+    def call_long_names(self, dialect: str, body: Json, attempt: int) -> ModelAction:
+        """The model calls each tool whose name is as long as upstream allows."""
+        names = [(tool.get("function") or tool)["name"] for tool in body["tools"]]
+        return ModelAction(calls=[ModelCall(name, {"city": "Köln"}) for name in names if len(name) == 64], stop="tool")
+
+    def test_too_many_tools_bad_schemas_and_long_names_cost_one_call(self):
+        self.upstream.model = self.call_long_names
+        said = [cp.Message("user", [cp.Text("hi")])]
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                answer, seen = self.asked(dialect, upstream, streamed, messages=said, tools=self.TOOLS)
+                self.assertEqual(128, len(seen.body["tools"]))
+                self.assertEqual(self.ASIDE, answer.headers["x-copilot-api-dropped"])
+                self.assertEqual(self.ASIDE, self.row(answer)["dropped"])
+                if self.RESTORED or dialect != upstream:
+                    self.assertEqual(self.LONG_NAMES, self.called(dialect, answer, streamed))
+
+    def called(self, dialect: str, answer: Reply, streamed: bool) -> List[str]:
+        codec = cp.CODECS[dialect]
+        reply = cp.collect(codec.decode_stream([cp.parse_frames(answer.body)])) if streamed else codec.decode_reply(answer.json)
+        return [block.name for block in reply.content if isinstance(block, cp.ToolCall)]
+
+    def test_the_next_turn_with_such_calls_costs_one_call_too(self):
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            with self.subTest(client=dialect, upstream=upstream, stream=streamed):
+                calls = [cp.ToolCall(f"c{n}", name, "{}") for n, name in enumerate([*self.LONG_NAMES, "mcp__s__t135"])]
+                turns = [cp.Message("user", [cp.Text("hi")]), cp.Message("assistant", calls), cp.Message("user", [cp.ToolResult(call.id, [cp.Text("ok")]) for call in calls])]
+                answer, seen = self.asked(dialect, upstream, streamed, messages=turns, tools=self.TOOLS)
+                names = [cp.tool_label(tool) for tool in seen.body["tools"]]
+                self.assertEqual((128, "mcp__s__t135"), (len(names), names[-1]))
+                for call in itertools.chain(*map(cp.calls_in, cp.turns_of(seen.body))):
+                    self.assertIn(cp.tool_label(call), names)
+                self.assertNotIn("t135", answer.headers["x-copilot-api-dropped"])
+
+    def test_huge_pictures_become_notes_and_the_header_follows(self):
+        huge, fine = (cp.Image("image/png", url.partition(",")[2]) for url in (png_url(9000, 9), PIXEL))
+        for dialect, upstream, streamed in AnyClientAnyModel.PAIRS:
+            for images in ([huge], [huge, fine]):
+                with self.subTest(client=dialect, upstream=upstream, stream=streamed, images=len(images)):
+                    turns = [cp.Message("user", images + [cp.Text("what is it?")])]
+                    answer, seen = self.asked(dialect, upstream, streamed, messages=turns)
+                    self.assertIn("[image omitted: 9000x9 px is over the limit of 8000]", json.dumps(seen.body))
+                    self.assertEqual("true" if fine in images else None, seen.headers.get("copilot-vision-request"))
+                    self.assertEqual("image:1", answer.headers["x-copilot-api-dropped"])
+
+    def test_pictures_in_tool_results_are_looked_at_too(self):
+        for dialect, upstream in itertools.product(DIALECTS_SERVED, MODEL_OF):
+            for urls in ([png_url(9000, 9)], [png_url(9, 9, 3_200_000), PIXEL]):
+                with self.subTest(client=dialect, upstream=upstream, images=len(urls)):
+                    answer = self.post(ASK[dialect][0], {**asking(dialect, model=MODEL_OF[upstream])[1], **wire_images(dialect, *urls, inside=True),
+                                                         "tools": [wire_tool(dialect, "look")]})
+                    self.assertEqual(200, answer.status, answer.text[:300])
+                    seen = self.upstream.seen(UPSTREAM_PATHS[upstream])[-1]
+                    self.assertIn("[image omitted: ", json.dumps(seen.body))
+                    self.assertEqual("true" if len(urls) == 2 else None, seen.headers.get("copilot-vision-request"))
+
+    def test_the_operators_limits_count(self):
+        gateway = self.start(config={**QUICK, "images": {"maxCount": 2, "maxDimension": 100, "maxBytes": 1000}})
+        urls = [PIXEL, PIXEL, PIXEL, png_url(101, 9), png_url(9, 9, 1001)]
+        for dialect in DIALECTS_SERVED:
+            answer = self.ask("POST", ASK[dialect][0], {**asking(dialect)[1], **wire_images(dialect, *urls)}, gateway=gateway)
+            self.assertEqual((200, "image:3"), (answer.status, answer.headers["x-copilot-api-dropped"]))
+            sent = self.upstream.seen(UPSTREAM_PATHS[dialect])[-1].body
+            self.assertEqual(wire_images(dialect, "note:only the newest 2 are sent", PIXEL, PIXEL, "note:101x9 px is over the limit of 100",
+                                         "note:1001 bytes is over the limit of 1000"), {name: sent[name] for name in ("messages", "input") if name in sent})
+
+    def test_counting_tokens_takes_the_same_bodies(self):
+        body = {**asking(cp.MESSAGES)[1], "tools": [wire_tool(cp.MESSAGES, "f", BAD_SCHEMA), {"name": LONG}, UNHOSTED_EXAMPLES[cp.MESSAGES]]}
+        answer = self.post("/v1/messages/count_tokens", body)
+        self.assertNotIn("estimated", answer.json)
 
 
 class FittedThinking(unittest.TestCase):
