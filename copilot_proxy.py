@@ -6969,7 +6969,7 @@ def name_tool_choice(body: Json, plan: Plan) -> bool:
     if not isinstance(choice, dict):
         return False
     name = wire_object(choice, "function").get("name")
-    named = [tool for tool in wire_objects(body, "tools") if name and wire_object(tool, "function").get("name") == name]
+    named = [tool for tool in objects_in(body.get("tools")) if name and wire_object(tool, "function").get("name") == name]
     body.update({"tool_choice": "required"}, **({"tools": named} if named else {}))
     return True
 
@@ -6979,26 +6979,25 @@ def name_tool_choice(body: Json, plan: Plan) -> bool:
 # that was stopped. Each row mends what upstream would refuse at this and every later turn.
 
 
-def plan_turns(body: Json, plan: Plan) -> List[Json]:
-    """The turns of a body in the plan's upstream dialect."""
-    return wire_objects(body, "input" if plan.upstream_dialect == RESPONSES else "messages")
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none of anything else."""
+    return [member for member in value if isinstance(member, dict)] if isinstance(value, list) else []
+
+
+def turns_of(body: Json) -> List[Json]:
+    """The messages or input items of a body that are objects."""
+    return objects_in(body.get("messages")) or objects_in(body.get("input"))
 
 
 def wire_blocks(turn: Json) -> List[Json]:
     """The content blocks of a turn that are objects; none where the content is a text."""
-    return wire_objects(turn, "content")
+    return objects_in(turn.get("content"))
 
 
 def wire_object(value: Any, name: str) -> Json:
     """An object inside a wire object; an empty one where there is none."""
     found = value.get(name) if isinstance(value, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-def wire_objects(value: Json, name: str) -> List[Json]:
-    """The objects of a list inside a wire object."""
-    found = value.get(name)
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def wire_text(content: Any) -> str:
@@ -7016,7 +7015,7 @@ def is_blank(block: Any) -> bool:
 
 def drop_blank_texts(body: Json, plan: Plan) -> bool:
     """Takes out text blocks without a text, and turns that hold nothing else; a body of nothing else stays."""
-    turns = wire_objects(body, "messages")
+    turns = objects_in(body.get("messages"))
     dropped = [_drop_blanks(turn) for turn in turns]
     kept = [turn for turn in turns if not _is_empty(turn, plan)]
     if kept and len(kept) < len(turns):
@@ -7065,7 +7064,7 @@ LONE_RESULT = "[Result of a tool call that is no longer part of this conversatio
 
 def chat_entries(turns: Sequence[Json]) -> Iterator[Paired]:
     for turn in turns:
-        calls = wire_objects(turn, "tool_calls") if turn.get("role") == "assistant" else ()
+        calls = objects_in(turn.get("tool_calls")) if turn.get("role") == "assistant" else ()
         answered = str(turn.get("tool_call_id")) if turn.get("role") == "tool" else None
         yield [str(call.get("id")) for call in calls], answered, turn
 
@@ -7163,7 +7162,7 @@ def pair_calls(body: Json, plan: Plan) -> bool:
     """Puts every result behind its call: a call without one gets a note, a result without a call is told as text, a
     second result of one call goes (copilot-upstream 9.3)."""
     way = PAIRINGS[plan.upstream_dialect]
-    entries = list(way.entries(wire_objects(body, way.field)))
+    entries = list(way.entries(objects_in(body.get(way.field))))
     if is_paired(entries, way.adjacent):
         return False
     results: Dict[str, List[int]] = {}
@@ -7191,8 +7190,8 @@ def pair_calls(body: Json, plan: Plan) -> bool:
 def mend_arguments(body: Json, plan: Plan) -> bool:
     """Arguments upstream cannot read become an object that holds them as they are."""
     mended = False
-    for turn in plan_turns(body, plan):
-        for call in wire_objects(turn, "tool_calls"):
+    for turn in turns_of(body):
+        for call in objects_in(turn.get("tool_calls")):
             function = call.get("function")
             if isinstance(function, dict) and load_object(str(function.get("arguments") or "")) is None:
                 function["arguments"] = raw_arguments(function.get("arguments"))
@@ -7216,7 +7215,7 @@ ODD_ID, PLAIN_ID = re.compile(r"[^a-zA-Z0-9_-]"), re.compile(r"[a-zA-Z0-9_-]+\Z"
 
 def spell_tool_ids(body: Json, plan: Plan) -> bool:
     """Ids of calls made elsewhere, in the letters Messages allows; each keeps one spelling of its own."""
-    places = [(block, name) for turn in plan_turns(body, plan) for block in wire_blocks(turn)
+    places = [(block, name) for turn in turns_of(body) for block in wire_blocks(turn)
               for name in (TOOL_ID_FIELDS.get(str(block.get("type"))),) if name]
     ids = {str(block.get(name)) for block, name in places}
     odd = {given for given in ids if not given or ODD_ID.search(given)}
@@ -7235,7 +7234,7 @@ CONTINUE = "Continue exactly where your last message ends. Do not repeat any of 
 
 def answer_prefill(body: Json, plan: Plan) -> bool:
     """A conversation that ends with the model's own words: Claude from 4.6 on must be asked to go on."""
-    turns = plan_turns(body, plan)
+    turns = turns_of(body)
     if not turns or turns[-1].get("role") != "assistant" or turns[-1].get("tool_calls"):
         return False
     if any(str(block.get("type")).endswith("tool_use") for block in wire_blocks(turns[-1])):
@@ -7252,7 +7251,7 @@ def fold_late_systems(body: Json, plan: Plan) -> bool:
 def fold_systems(body: Json, last_stays: bool) -> bool:
     """Leading system messages join `system`, later ones become reminders where they stand: hoisting would break the
     cached prefix. An effort on one of them is the turn's."""
-    turns = wire_objects(body, "messages")
+    turns = objects_in(body.get("messages"))
     first = next((at for at, turn in enumerate(turns) if not is_system(turn)), len(turns))
     late = [at for at, turn in enumerate(turns) if at >= first and is_system(turn)]
     if late and last_stays and late[-1] == len(turns) - 1 and turns[-1].get("role") == "system":
@@ -7292,7 +7291,7 @@ def reminder(block: Json) -> Json:
 def history_signs(body: Json, plan: Plan) -> Set[str]:
     """What is odd about a history, found in one walk: most rows have nothing to do in most conversations."""
     way = PAIRINGS[plan.upstream_dialect]
-    turns = wire_objects(body, way.field)
+    turns = objects_in(body.get(way.field))
     signs = set() if is_paired(way.entries(turns), way.adjacent) else {"pairs"}
     for turn in turns:
         content = turn.get("content")
@@ -7306,7 +7305,7 @@ def history_signs(body: Json, plan: Plan) -> Set[str]:
             signs.add("item_id")
         if isinstance(content, list):
             _block_signs(content, signs)
-    if any(map(is_blank, wire_objects(body, "system"))) or isinstance(body.get("system"), str) and not body["system"].strip():
+    if any(map(is_blank, objects_in(body.get("system")))) or isinstance(body.get("system"), str) and not body["system"].strip():
         signs.add("blank")
     return signs
 
@@ -7340,7 +7339,7 @@ def _block_signs(blocks: List[Any], signs: Set[str]) -> None:
 def drop_item_ids(body: Json, plan: Plan) -> bool:
     """Ids of items mean nothing to the next connection: nothing is stored, and what the client calls an item is not
     what sealed it. Upstream finds its state without. Translated items keep the id their carrier holds."""
-    items = wire_objects(body, "input")
+    items = objects_in(body.get("input"))
     kept = [item for item in items if item.get("type") != "item_reference"]
     odd = [item for item in kept if item.get("id") is not None
            and not (plan.road == "translated" and item.get("type") in ("reasoning", "compaction"))]
@@ -7357,13 +7356,13 @@ EMPTY_SIGNATURES = ("", "skip_thought_signature_validator")  # what clients and 
 def drop_unsigned_thinking(body: Json, plan: Plan) -> bool:
     """Thinking without a signature is refused, and a placeholder is none (user-pains P40, 3.1)."""
     dropped = False
-    for turn in plan_turns(body, plan):
+    for turn in turns_of(body):
         blocks = wire_blocks(turn)
         if any(map(is_unsigned, blocks)):
             turn["content"] = [block for block in turn["content"] if not is_unsigned(block)]
             dropped = True
     if dropped:
-        body["messages"] = [turn for turn in wire_objects(body, "messages") if turn.get("content") != []]
+        body["messages"] = [turn for turn in objects_in(body.get("messages")) if turn.get("content") != []]
     return dropped
 
 
@@ -7494,8 +7493,8 @@ MARKABLE = frozenset(("text", "image", "document", "tool_use", "tool_result", "s
 
 def cache_places(body: Json) -> List[Json]:
     """Tools, system blocks and message blocks that may carry a mark, in the order of the prompt."""
-    places = wire_objects(body, "tools") + wire_objects(body, "system")
-    return places + [block for turn in wire_objects(body, "messages") for block in wire_blocks(turn)]
+    places = objects_in(body.get("tools")) + objects_in(body.get("system"))
+    return places + [block for turn in objects_in(body.get("messages")) for block in wire_blocks(turn)]
 
 
 def expand_cache_mark(body: Json, plan: Plan) -> bool:
@@ -7503,7 +7502,7 @@ def expand_cache_mark(body: Json, plan: Plan) -> bool:
     if "cache_control" not in body:
         return False
     mark = body.pop("cache_control")
-    turns = [turn for turn in wire_objects(body, "messages") if turn.get("content")]
+    turns = [turn for turn in objects_in(body.get("messages")) if turn.get("content")]
     if turns and isinstance(mark, dict):
         turns[-1]["content"] = wire_content(turns[-1])
         last = next((block for block in reversed(turns[-1]["content"]) if block.get("type") in MARKABLE), None)
@@ -7536,7 +7535,7 @@ def limit_cache_marks(body: Json, plan: Plan) -> bool:
     places = [block for block in cache_places(body) if block.get("cache_control") is not None]
     if len(places) <= CACHE_MARKS:
         return False
-    tools, system = ([block for block in wire_objects(body, name) if block.get("cache_control") is not None] for name in ("tools", "system"))
+    tools, system = ([block for block in objects_in(body.get(name)) if block.get("cache_control") is not None] for name in ("tools", "system"))
     wanted = tools[-1:] + system[-1:] + places[::-1]
     kept = {id(block) for block in list({id(block): block for block in wanted}.values())[:CACHE_MARKS]}
     for block in places:
@@ -7564,7 +7563,7 @@ def sift_betas(header: str) -> Tuple[List[str], List[str]]:
 
 def defers_tools(body: Json) -> bool:
     """Whether a tool waits to be searched for."""
-    return any(tool.get("defer_loading") for tool in wire_objects(body, "tools"))
+    return any(tool.get("defer_loading") for tool in objects_in(body.get("tools")))
 
 
 def thinks_between_calls(body: Json) -> bool:
@@ -7580,7 +7579,7 @@ def keeps_cache_longer(body: Json) -> bool:
 # beta -> (whether a body needs it, how a body does without)
 BETA_FIELDS: Dict[str, Tuple[Callable[[Json], bool], Callable[[Json], Any]]] = {
     CONTEXT_EDITING: (lambda body: "context_management" in body, lambda body: body.pop("context_management", None)),
-    DEFERRED_TOOLS: (defers_tools, lambda body: [tool.pop("defer_loading", None) for tool in wire_objects(body, "tools")]),
+    DEFERRED_TOOLS: (defers_tools, lambda body: [tool.pop("defer_loading", None) for tool in objects_in(body.get("tools"))]),
     EXTENDED_CACHE: (keeps_cache_longer, lambda body: [block["cache_control"].pop("ttl", None) for block in cache_places(body)
                                                        if isinstance(block.get("cache_control"), dict)]),
     INTERLEAVED: (thinks_between_calls, lambda body: None),
@@ -7647,16 +7646,6 @@ MOST_NAMED = 16
 UNHOSTED = ("image_generation", "file_search", "code_interpreter", "computer", "mcp", "local_shell")
 UNHOSTED_TOOLS = {CHAT: UNHOSTED + ("web_search",), RESPONSES: UNHOSTED,
                   MESSAGES: ("web_search_", "web_fetch_", "code_execution_", "computer_", "mcp_toolset")}
-
-
-def objects_in(value: Any) -> List[Json]:
-    """The objects of a list; none of anything else."""
-    return [member for member in value if isinstance(member, dict)] if isinstance(value, list) else []
-
-
-def turns_of(body: Json) -> List[Json]:
-    """The messages or input items of a body."""
-    return objects_in(body.get("messages")) or objects_in(body.get("input"))
 
 
 def tools_in(tools: Any) -> Iterator[Json]:
@@ -7804,13 +7793,19 @@ def limit_tools(body: Json, plan: Plan) -> bool:
     return True
 
 
+def tell_reference(body: Json, name: str, plan: Plan) -> bool:
+    """References to a tool that upstream does not know, as text."""
+    lost = [(blocks, at) for blocks, at in reference_places(body) if blocks[at].get("tool_name") == name]
+    for blocks, at in lost:
+        blocks[at] = {"type": "text", "text": f"Tool {name} loaded"}
+    return bool(lost)
+
+
 def tell_lost_references(body: Json, plan: Plan) -> bool:
     """Says as text that a tool was found which is not offered any more: Claude's hosts refuse a reference to it."""
     offered = set(map(tool_label, tools_in(body.get("tools"))))
-    lost = [(blocks, at) for blocks, at in reference_places(body) if name_in(blocks[at], "tool_name") not in offered]
-    for blocks, at in lost:
-        blocks[at] = {"type": "text", "text": f"Tool {name_in(blocks[at], 'tool_name')} loaded"}
-    return bool(lost)
+    named = dict.fromkeys(name_in(blocks[at], "tool_name") for blocks, at in reference_places(body))
+    return any([tell_reference(body, name, plan) for name in named if name not in offered])
 
 
 def tool_name_places(body: Json) -> Iterator[Tuple[Json, str]]:
@@ -8409,7 +8404,7 @@ def held_state(holder: Any) -> Optional[str]:
 
 def learn_states(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
     """Digests of every state a body holds: a refusal names one and does not say what is wrong with the others."""
-    held = [held_state(holder) for turn in plan_turns(body, plan) for holder in (turn, *wire_blocks(turn))]
+    held = [held_state(holder) for turn in turns_of(body) for holder in (turn, *wire_blocks(turn))]
     return tuple(sorted({state_digest(state) for state in held if state is not None})) or None
 
 
@@ -8443,7 +8438,7 @@ def drop_states(body: Json, digests: Sequence[str], plan: Plan) -> bool:
 
 def learn_item_state(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
     """Where an item still has its id, the id is wrong: `ids`; else the state itself is."""
-    if any(turn.get("id") is not None for turn in plan_turns(body, plan)):
+    if any(turn.get("id") is not None for turn in turns_of(body)):
         return ("ids",)
     return learn_states(found, body, plan)
 
@@ -8452,7 +8447,7 @@ def drop_item_state(body: Json, lesson: Sequence[str], plan: Plan) -> bool:
     """Items without their ids, or without the reasoning that was refused."""
     if lesson != ("ids",):
         return drop_states(body, lesson, plan)
-    return any([turn.pop("id", None) is not None for turn in plan_turns(body, plan)])
+    return any([turn.pop("id", None) is not None for turn in turns_of(body)])
 
 
 def lose_state(body: Json, digests: Sequence[str], plan: Plan) -> bool:
@@ -8463,8 +8458,8 @@ def lose_state(body: Json, digests: Sequence[str], plan: Plan) -> bool:
 def tell_bare_calls(body: Json, plan: Plan) -> bool:
     """Calls of a Chat body without their state, and their results, as text: Gemini 3 answers 400 to a bare call."""
     names: Dict[str, str] = {}
-    for turn in plan_turns(body, plan):
-        calls = wire_objects(turn, "tool_calls")
+    for turn in turns_of(body):
+        calls = objects_in(turn.get("tool_calls"))
         if turn.get("role") == "assistant" and calls and not turn.get("reasoning_opaque"):
             functions = [wire_object(call, "function") for call in calls]
             names.update({str(call.get("id")): str(function.get("name")) for call, function in zip(calls, functions)})
@@ -8477,11 +8472,6 @@ def tell_bare_calls(body: Json, plan: Plan) -> bool:
     return bool(names)
 
 
-def tool_name(tool: Json) -> str:
-    """The name of a wire tool in any dialect."""
-    return str((wire_object(tool, "function") or tool).get("name"))
-
-
 def tool_digest(tool: Json) -> str:
     """Tells a tool from one of the same name that was corrected since."""
     return state_digest(dump_json(tool).decode())
@@ -8489,43 +8479,35 @@ def tool_digest(tool: Json) -> str:
 
 def learn_tool(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, str]]:
     """(name, digest) of the tool a refusal names, by its place or its name."""
-    tools = wire_objects(body, "tools")
+    tools = objects_in(body.get("tools"))
     place = next((int(text) for name, text in found.groupdict().items() if name.startswith("at") and text), None)
     name = next((text for group, text in found.groupdict().items() if group.startswith("name") and text), None)
-    named = tools[place:place + 1] if place is not None else [tool for tool in tools if name and tool_name(tool) == name]
-    return (tool_name(named[0]), tool_digest(named[0])) if named else None
+    named = tools[place:place + 1] if place is not None else [tool for tool in tools if name and tool_label(tool) == name]
+    return (tool_label(named[0]), tool_digest(named[0])) if named else None
 
 
 def quarantine(body: Json, lesson: Tuple[str, str], plan: Plan) -> bool:
-    """The request without a tool that upstream cannot take; what forced it is let go."""
-    return drop_tools(body, plan, lambda tool: tool_name(tool) == lesson[0] and tool_digest(tool) == lesson[1])
+    """The request without a tool that upstream cannot take."""
+    return set_aside(body, plan, lambda tool: tool_label(tool) == lesson[0] and tool_digest(tool) == lesson[1])
 
 
-def drop_tools(body: Json, plan: Plan, bad: Callable[[Json], bool]) -> bool:
-    """Sets tools aside and tells the client; without any tool left there is nothing to choose."""
-    tools = wire_objects(body, "tools")
-    gone = [tool for tool in tools if bad(tool)]
-    if not gone:
-        return False
-    body["tools"] = [tool for tool in tools if not bad(tool)]
-    plan.dropped += [f"tool:{tool_name(tool) if tool_name(tool) != 'None' else tool.get('type')}" for tool in gone]
-    choice = body.get("tool_choice")
-    if not body["tools"]:
-        del body["tools"]
-    if not body.get("tools") or isinstance(choice, dict) and any(tool_name(tool) == tool_name(choice) for tool in gone):
-        body.pop("tool_choice", None)
-    return True
+def set_aside(body: Json, plan: Plan, bad: Callable[[Json], bool]) -> bool:
+    """The request without some tools, told to the client."""
+    gone = [tool for tool in tools_in(body.get("tools")) if bad(tool)]
+    if gone:
+        take_out_tools(body, gone, plan)
+    return bool(gone)
 
 
 def learn_kind(found: Any, body: Json, plan: Plan) -> Optional[str]:
     """The type of a hosted tool that is refused."""
     kind = next(text for text in found.groups() if text)
-    return kind if any(tool.get("type") == kind for tool in wire_objects(body, "tools")) else None
+    return kind if any(tool.get("type") == kind for tool in objects_in(body.get("tools"))) else None
 
 
 def drop_kind(body: Json, kind: str, plan: Plan) -> bool:
     """The request without the tools of one type."""
-    return drop_tools(body, plan, lambda tool: tool.get("type") == kind)
+    return set_aside(body, plan, lambda tool: tool.get("type") == kind)
 
 
 def learn_cap(found: Any, body: Json, plan: Plan) -> Optional[int]:
@@ -8546,19 +8528,6 @@ def cap_output(body: Json, cap: int, plan: Plan) -> bool:
 def learn_word(found: Any, body: Json, plan: Plan) -> str:
     """The one word a refusal names; for cures that need none, all of it."""
     return next((text for text in found.groups() if text), found.group())
-
-
-def tell_references(body: Json, name: str, plan: Plan) -> bool:
-    """References to a tool that upstream does not know, as text."""
-    changed = False
-    for turn in plan_turns(body, plan):
-        for holder in (turn, *wire_blocks(turn)):
-            for block in wire_blocks(holder):
-                if block.get("type") == "tool_reference" and block.get("tool_name") == name:
-                    block.clear()
-                    block.update(type="text", text=f"[tool {name}]")
-                    changed = True
-    return changed
 
 
 def learn_thinking(found: Any, body: Json, plan: Plan) -> Optional[str]:
@@ -8608,7 +8577,7 @@ MENDS: Tuple[Mend, ...] = (
     Mend("late_system",  (MESSAGES,),           "copilot-upstream 7.1",
          r"role 'system' is not supported|unexpected role \W*system", learn_word, lambda body, _, plan: fold_systems(body, False)),
     Mend("reference",    (MESSAGES,),           "copilot-upstream 7.1",
-         r"tool reference '([^']+)' not found", learn_word, tell_references),
+         r"tool reference '([^']+)' not found", learn_word, tell_reference),
     Mend("hosted_tool",  EVERY,                 "copilot-upstream 6.1, 7.1",
          r"requested tool (\w+) is not supported|unsupported tool type:? '?(\w+)|tool(?: type)? '?(\w+)'? is not supported", learn_kind, drop_kind),
     Mend("field",        EVERY,                 "copilot-upstream 5.1, 6.1, 7.1; user-pains P43",

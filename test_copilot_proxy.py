@@ -17039,7 +17039,7 @@ WORDINGS = [
      {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}),
     (cp.MESSAGES, "adaptive thinking is not supported on this model", {"thinking": {"type": "adaptive"}, "max_tokens": 64000}, {"thinking": {"type": "enabled", "budget_tokens": 16000}, "max_tokens": 64000}),
     (cp.MESSAGES, "thinking.type: Input should be 'enabled' or 'disabled'", {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled", "budget_tokens": 16000}}),
-    (cp.MESSAGES, "Tool reference 'x' not found in available tools", turned([ended("a", [{"type": "tool_reference", "tool_name": "x"}])]), turned([ended("a", [txt("[tool x]")])])),
+    (cp.MESSAGES, "Tool reference 'x' not found in available tools", turned([ended("a", [{"type": "tool_reference", "tool_name": "x"}])]), turned([ended("a", [txt("Tool x loaded")])])),
     (cp.MESSAGES, "messages.2: role 'system' is not supported on this model", turned("a", {"role": "system", "content": "s"}),
      turned("a", {"role": "user", "content": [txt("<system-reminder>\ns\n</system-reminder>")]})),
     (cp.RESPONSES, "The requested tool image_generation is not supported.", {"tools": [{"type": "image_generation"}], "tool_choice": "auto"}, {}),
