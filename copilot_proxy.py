@@ -542,6 +542,7 @@ class Plan:
     stream: bool = False
     caller: Caller = field(default_factory=Caller)
     betas: List[str] = field(default_factory=list)
+    long_context: bool = False  # the client asked for the window of a million tokens
     names: Names = field(default_factory=Names)  # tool names as upstream gets them
     origin: str = ""  # who reads the state this exchange seals
     image_limits: ImageLimits = field(default_factory=ImageLimits)  # the operator's
@@ -6958,6 +6959,26 @@ def raise_output_limit(body: Json, plan: Plan) -> bool:
     return True
 
 
+BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+
+
+def drop_billing_line(body: Json, plan: Plan) -> bool:
+    """Takes Claude Code's attribution off the system prompt: its end changes, and the cached prefix with it (user-pains P11)."""
+    holders = [body, *(turn for turn in turns_of(body) if turn.get("role") in ("system", "developer"))]
+    changed = False
+    for holder in holders:
+        for name in ("system", "instructions", "content"):
+            for place, key in [(holder, name), *((block, "text") for block in objects_in(holder.get(name)))]:
+                text = place.get(key)
+                if isinstance(text, str) and BILLING_LINE.match(text):
+                    place[key], changed = BILLING_LINE.sub("", text), True
+    if changed:
+        for holder, name in ((holder, name) for holder in holders for name in ("system", "content")):
+            if isinstance(holder.get(name), list):
+                holder[name] = [block for block in holder[name] if not (isinstance(block, dict) and block.get("text") == "")]
+    return changed
+
+
 def drop_body_betas(body: Json, plan: Plan) -> bool:
     """Betas are a header; as fields they are refused."""
     return any([body.pop(name, plan) is not plan for name in ("betas", "anthropic_beta")])
@@ -7341,6 +7362,8 @@ def drop_item_ids(body: Json, plan: Plan) -> bool:
     what sealed it. Upstream finds its state without. Translated items keep the id their carrier holds."""
     items = objects_in(body.get("input"))
     kept = [item for item in items if item.get("type") != "item_reference"]
+    for item in kept:
+        item.pop("internal_chat_message_metadata_passthrough", None)  # Codex's own (clients.md)
     odd = [item for item in kept if item.get("id") is not None
            and not (plan.road == "translated" and item.get("type") in ("reasoning", "compaction"))]
     for item in odd:
@@ -7553,6 +7576,9 @@ EXTENDED_CACHE = "extended-cache-ttl-2025-04-11"
 INTERLEAVED = "interleaved-thinking-2025-05-14"
 CONTEXT_EDITING = "context-management-2025-06-27"
 BETAS = frozenset((INTERLEAVED, CONTEXT_EDITING, DEFERRED_TOOLS, EXTENDED_CACHE))
+
+
+LONG_CONTEXT_BETA = "context-1m-2025-08-07"  # deprecated on some hosts, so only on request (copilot-upstream 7.2)
 
 
 def sift_betas(header: str) -> Tuple[List[str], List[str]]:
@@ -8202,6 +8228,8 @@ QUIRKS: Tuple[Quirk, ...] = (
           request=raise_output_limit),
     Quirk("body_betas",     "copilot", (MESSAGES,),                 "copilot-upstream 7.2",
           request=drop_body_betas),
+    Quirk("billing",        "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 7.1; user-pains P11",
+          request=drop_billing_line, needles=(b"x-anthropic-billing-header",)),
     Quirk("tool_choice",    "copilot", (CHAT,),                     "copilot-upstream 5.1",
           request=name_tool_choice, applies=lambda plan: "gemini" in plan.model.lower()),
     # histories: what is folded or dropped comes before the pairing of calls, and that before what looks at the last turn
@@ -9113,6 +9141,12 @@ def usable_prompt_cap(record: Json) -> Optional[int]:
     return cap or (window - output if window and output and window > output else window)
 
 
+def knows_long_context(record: Json) -> bool:
+    """Whether a model takes a million tokens when asked to; variants named `-1m` always do."""
+    window = model_limit(record, "max_context_window_tokens")
+    return window is not None and window >= 1_000_000 and not str(record.get("id")).endswith("-1m")
+
+
 def is_offered(record: Json) -> bool:
     """Whether lists show the model: upstream's picker does, or it makes embeddings, and no policy switched it off."""
     policy = record.get("policy")
@@ -9139,6 +9173,32 @@ def model_entry(record: Json, whole: bool = False) -> Json:
         entry["capabilities"] = record.get("capabilities")
         entry["supported_endpoints"] = record.get("supported_endpoints")
     return entry
+
+
+CODEX_INSTRUCTIONS = "You are Codex, a coding agent that works in the user's terminal. Be precise, safe and helpful."
+
+
+def codex_model(record: Json) -> Json:
+    """One entry of GET /v1/models?client_version=…, Codex's own catalogue (console reference B.3; clients.md)."""
+    listed = model_capability(record, "supports", "reasoning_effort")
+    efforts = [effort for effort in listed if isinstance(effort, str)] if isinstance(listed, list) else []
+    policy, sees, window = record.get("policy"), model_capability(record, "supports", "vision") is True, usable_prompt_cap(record)
+    talks = str(record["id"]).startswith("gpt-5")
+    return {
+        "slug": record["id"], "display_name": text_or_none(record.get("name")) or record["id"],
+        "description": text_or_none(policy.get("terms")) or "" if isinstance(policy, dict) else "",
+        "default_reasoning_level": "medium" if "medium" in efforts or not efforts else efforts[0],
+        "supported_reasoning_levels": [{"effort": effort, "description": f"{effort} effort"} for effort in efforts],
+        "shell_type": "shell_command", "visibility": "list" if record.get("model_picker_enabled") is True else "hide",
+        "supported_in_api": True, "priority": 1, "base_instructions": CODEX_INSTRUCTIONS,
+        "support_verbosity": talks, "default_verbosity": "low" if talks else None, "apply_patch_tool_type": "freeform",
+        "web_search_tool_type": "text_and_image" if sees else "text", "truncation_policy": {"mode": "tokens", "limit": 10000},
+        "supports_parallel_tool_calls": model_capability(record, "supports", "parallel_tool_calls") is not False,
+        "context_window": window, "max_context_window": window, "effective_context_window_percent": 95,
+        "input_modalities": ["text", "image"] if sees else ["text"], "supports_reasoning_summary_parameter": True,
+        "default_reasoning_summary": "auto", "supports_image_detail_original": sees, "experimental_supported_tools": [],
+        "supports_search_tool": True, "use_responses_lite": False, "include_skills_usage_instructions": True,
+        "include_plugin_usage_instructions": True, "include_apps_usage_instructions": True}
 
 
 def gemini_model(record: Json) -> Json:
@@ -13421,6 +13481,12 @@ class Planner:
         self._models = models
         self._provider = provider
 
+    def _long(self, name: str, plan: Plan) -> str:
+        """The name with `[1m]` where the long window is asked for, by name or by beta, and without it where it is off."""
+        mode, bare = self._settings()["context1m"], re.sub(rf"(?i){re.escape(LONG_CONTEXT)}$", "", name)
+        plan.long_context = mode == "auto" or mode == "suffix" and (bare != name or plan.long_context)
+        return bare + LONG_CONTEXT if mode == "suffix" and plan.long_context else bare
+
     def choose(self, plan: Plan, stopper: Stopper) -> None:
         """Mapping, then name resolution, then the endpoint; without a catalogue the client's own dialect is tried.
 
@@ -13452,9 +13518,10 @@ class Planner:
 
     def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
         """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
-        found = catalogue.find(name) or self._models.find_anew(name)
+        long = self._long(name, plan)
+        found = catalogue.find(long) or self._models.find_anew(long)
         if found is not None:
-            return found
+            return found[0], None if found[0] == name else found[1] or "alias"
         kin = self._provider.stand_ins.get(plan.operation)
         if kin is None and self._settings()["unknownModels"] == "resolve" and plan.operation != EMBEDDINGS:
             kin = kindred(name, catalogue, self._settings()["smallModel"])
@@ -13936,6 +14003,7 @@ class Gateway:
         if dialect == GEMINI and not any(says_something(message) for message in request.messages):
             raise ClientError(GEMINI_EMPTY)
         plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream)
+        plan.long_context = LONG_CONTEXT_BETA in inbound.headers.get("anthropic-beta", "")
         settings = self._settings()
         plan.caller = identify(inbound.headers, body, request, self._machine_id, settings["initiatorPolicy"])
         plan.image_limits = ImageLimits(settings["images.maxBytes"], settings["images.maxDimension"], settings["images.maxCount"])
@@ -13989,6 +14057,9 @@ class Gateway:
         """Adds the betas of the body's fields; then what earlier refusals taught. True when the body was changed."""
         if plan.upstream_dialect == MESSAGES:
             plan.betas += [beta for beta in needed_betas(body) if beta not in plan.betas]
+            if plan.long_context and plan.record is not None and knows_long_context(plan.record):
+                plan.betas.append(LONG_CONTEXT_BETA)
+                plan.dropped = [name for name in plan.dropped if name != LONG_CONTEXT_BETA]
         return heed(body, self._lessons.of(plan.origin, plan.upstream_dialect), plan)
 
     def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
@@ -14693,10 +14764,14 @@ def known_catalogue(app: App) -> Catalogue:
 
 
 def list_models(app: App, inbound: Inbound, name: str) -> PlainAnswer:
-    """GET /v1/models: one body for OpenAI and Anthropic clients, another for Google's."""
-    offered = known_catalogue(app).offered()
+    """GET /v1/models: one body for OpenAI and Anthropic clients, others for Google's and for Codex."""
+    catalogue = known_catalogue(app)
+    offered = catalogue.offered()
     if dialect_of_stranger(inbound.path, inbound.headers) == GEMINI:
         return PlainAnswer({"models": [gemini_model(record) for record in offered]})
+    if "client_version" in inbound.query:
+        return PlainAnswer({"models": [codex_model(record) for record in catalogue.records.values()
+                                       if RESPONSES in endpoint_dialects(record) and usable_prompt_cap(record)]})
     entries = [model_entry(record) for record in offered]
     return PlainAnswer({"object": "list", "data": entries, "has_more": False,
                   "first_id": entries[0]["id"] if entries else None, "last_id": entries[-1]["id"] if entries else None})

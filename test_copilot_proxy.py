@@ -8367,6 +8367,9 @@ EDITS = [Edit(*row) for row in (
     ("output_limit",  cp.CHAT,      False,  {"max_completion_tokens": 5},                {"max_tokens": 5}, "gpt-4o"),
     ("output_limit",  cp.CHAT,      False,  {"max_completion_tokens": 5, "max_tokens": 6}, {"max_tokens": 6}, OPUS),
     ("least_output",  cp.RESPONSES, False,  {"max_output_tokens": 1, **STORED},          {"max_output_tokens": 16, **STORED}),
+    ("billing",       cp.MESSAGES,  False,  turned("hi", system=[txt("x-anthropic-billing-header: cc_version=2.1; cch=7;"), txt("x-anthropic-billing-header: a\n\nYou are")]), turned("hi", system=[txt("You are")])),
+    ("billing",       cp.CHAT,      False,  turned({"role": "system", "content": "x-anthropic-billing-header: a;\n\nYou are"}, "x", "hi"), turned({"role": "system", "content": "You are"}, "x", "hi")),
+    ("billing",       cp.RESPONSES, False,  items("hi", instructions="x-anthropic-billing-header: a;\nYou are"), items("hi", instructions="You are")),
     ("body_betas",    cp.MESSAGES,  False,  {"betas": ["x"], "anthropic_beta": "y"},     {}),
     ("tool_choice",   cp.CHAT,      False,  {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [chat_tool("f"), chat_tool("g")]},
                                             {"tool_choice": "required", "tools": [chat_tool("f")]}, GEM),
@@ -8418,8 +8421,8 @@ EDITS = [Edit(*row) for row in (
     ("tool_ids",      cp.MESSAGES,  False,  turned("hi", [used("a.b:1")], [ended("a.b:1")]), turned("hi", [used("a_b_1")], [ended("a_b_1")])),
     ("prefill",       cp.MESSAGES,  False,  turned("hi", "It is"),                        turned("hi", "It is", cp.CONTINUE), OPUS),
     ("prefill",       cp.CHAT,      False,  turned("hi", "It is"),                        turned("hi", "It is", cp.CONTINUE), OPUS),
-    ("item_ids",      cp.RESPONSES, False,  items({"type": "message", "id": "msg_1", "role": "user", "content": "hi"}, sealed_item(id="rs_1"), {"type": "item_reference", "id": "x"}),
-                                            items({"type": "message", "role": "user", "content": "hi"}, sealed_item())),
+    ("item_ids",      cp.RESPONSES, False,  items({"type": "message", "id": "msg_1", "role": "user", "content": "hi"}, sealed_item(id="rs_1"), {"type": "item_reference", "id": "x"}, call_item("a", id="fc_1", internal_chat_message_metadata_passthrough={}), output_item("a")),
+                                            items({"type": "message", "role": "user", "content": "hi"}, sealed_item(), call_item("a"), output_item("a"))),
     ("effort",        cp.MESSAGES,  False,  {"output_config": {"effort": "xhigh", "format": 1}}, {"output_config": {"effort": "high", "format": 1}}, OLDER),
     ("effort",        cp.MESSAGES,  False,  {"output_config": {"effort": "low"}},        {}, OLD),
     ("effort",        cp.CHAT,      False,  {"reasoning_effort": "minimal"},             {"reasoning_effort": "none"}, "gpt-5.1"),
@@ -15090,6 +15093,16 @@ class ServerFuzz(ServerCase):
 
 
 class ServerModels(ServerCase):
+    def test_codex_gets_its_own_catalogue_with_the_usable_window(self):
+        listed = {entry["slug"]: entry for entry in self.get("/v1/models?client_version=0.169.0").json["models"]}
+        served = {record["id"] for record in CATALOGUE if cp.RESPONSES in cp.endpoint_dialects(record)}
+        self.assertEqual(served, set(listed))
+        entry = listed["gpt-5.4"]
+        self.assertEqual((272000, 272000, 95, "list", "medium", ["low", "medium", "high"], ["text", "image"], "low"),
+                         (entry["context_window"], entry["max_context_window"], entry["effective_context_window_percent"], entry["visibility"],
+                          entry["default_reasoning_level"], [level["effort"] for level in entry["supported_reasoning_levels"]],
+                          entry["input_modalities"], entry["default_verbosity"]))
+
     def test_an_entry_holds_the_keys_of_every_client(self):
         entry = {entry["id"]: entry for entry in self.get("/v1/models").json["data"]}["gpt-5.4"]
         self.assertEqual(entry, {**entry, "object": "model", "type": "model", "created": 0, "created_at": "1970-01-01T00:00:00.000Z", "owned_by": "OpenAI",
@@ -16941,6 +16954,19 @@ class Learning(RelayCase):
         _, seen, _ = self.turn(cp.MESSAGES, model="claude-sonnet-4.5", max_tokens=9000, tools=[{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
                               thinking={"type": "enabled", "budget_tokens": 2000})
         self.assertEqual("interleaved-thinking-2025-05-14", seen[-1].headers["anthropic-beta"])
+
+    def test_a_million_tokens_are_asked_for_by_name_or_beta_where_the_model_has_them(self):
+        beta = {"anthropic-beta": cp.LONG_CONTEXT_BETA}
+        for mode, model, headers, wanted in (
+                ("suffix", "claude-sonnet-5[1m]", None, ("claude-sonnet-5", True)), ("suffix", "claude-sonnet-5", beta, ("claude-sonnet-5", True)),
+                ("suffix", "claude-sonnet-5", None, ("claude-sonnet-5", False)), ("suffix", "claude-opus-4-6", beta, ("claude-opus-4.6-1m", False)),
+                ("suffix", "claude-opus-4.8[1m]", beta, ("claude-opus-4.8", False)), ("auto", "claude-sonnet-5", None, ("claude-sonnet-5", True)),
+                ("off", "claude-sonnet-5[1m]", beta, ("claude-sonnet-5", False)), ("off", "claude-opus-4.6[1m]", None, ("claude-opus-4.6", False))):
+            with self.subTest(mode, model=model, headers=headers):
+                self.gateway.settings.values["context1m"] = mode
+                _, seen, answer = self.turn(cp.MESSAGES, model=model, headers=headers)
+                self.assertEqual(wanted, (seen[-1].body["model"], cp.LONG_CONTEXT_BETA in seen[-1].headers.get("anthropic-beta", "")))
+                self.assertEqual(bool(headers) and not wanted[1], cp.LONG_CONTEXT_BETA in answer.headers.get("x-copilot-api-dropped", ""))
 
     def test_a_longer_cache_is_kept_with_its_beta_and_given_up_where_refused(self):
         body = {"messages": [{"role": "user", "content": [txt("hi", **HOUR)]}]}
