@@ -540,6 +540,9 @@ class Plan:
     provider: str = "copilot"
     road: str = "pass-through"
     stream: bool = False
+    asked_at: int = 0  # Unix seconds
+    choices: int = 1  # answers asked for at once (`n` of Chat)
+    assembled: bool = False  # a whole answer was asked for, and is put together from a stream of upstream's
     caller: Caller = field(default_factory=Caller)
     betas: List[str] = field(default_factory=list)
     long_context: bool = False  # the client asked for the window of a million tokens
@@ -1188,6 +1191,10 @@ def whole_frames_end(data: bytes) -> int:
 
 def split_frames(data: bytes) -> List[bytes]:
     """The frames of `data`, each with the blank line that ends it."""
+    if b"\r" not in data:  # a tenth of the time
+        parts = data.split(b"\n\n")
+        rest = parts.pop()
+        return [part + b"\n\n" for part in parts] + ([rest] if rest else [])
     frames, at = [], 0
     for found in FRAME_END.finditer(data):
         frames.append(data[at:found.end()])
@@ -1224,10 +1231,18 @@ def parse_frame(frame: bytes) -> Tuple[Optional[str], str]:
     return event, "\n".join(data)
 
 
+def plain_data(frame: bytes) -> str:
+    """The data of a frame of one `data:` line and at most an `event:` line before it, as nearly all are; else ""."""
+    event, named, data = frame.partition(b"data: ")
+    lines = {b"": 2, b"event: ": 3}.get(event[:7])
+    plain = named and frame.count(b"\n") == lines and event[-1:] in (b"", b"\n") and frame[-2:] == b"\n\n" and b"\r" not in frame
+    return data[:-2].decode("utf-8", "replace") if plain else ""
+
+
 def frame_json(frame: bytes) -> Optional[Json]:
     """The JSON object a frame carries, None when it carries none (comments, `[DONE]`, junk)."""
     try:
-        value = json.loads(parse_frame(frame)[1])
+        value = json.loads(plain_data(frame) or parse_frame(frame)[1])
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -6871,15 +6886,34 @@ def gemini_embedding_answer(vectors: Sequence[Sequence[float]], verb: str) -> Js
 # road. A clean body or frame is never touched.
 
 
+class FrameEdit:
+    """One edit over one relayed stream; it may remember what it has seen.
+
+        touches(frames) -> bool     whether some of these whole frames may need it: a few searches, no parsing
+        edit(frame) -> bytes        one frame of such a read: the frame to relay, b"" to swallow it
+
+    `inside`: it may look into a frame's delta. An edit of what stands around the delta says False; it comes behind the
+    others and makes the same of the same bytes: what it made of one frame is done to all of that form without asking it.
+    """
+
+    inside = True
+
+    def touches(self, frames: bytes) -> bool:
+        raise NotImplementedError
+
+    def edit(self, frame: bytes) -> bytes:
+        raise NotImplementedError
+
+
 @dataclass
 class Quirk:
     """One deviation, with its source.
 
-    `request(body, plan)` edits the body in place and says whether it did. `frame(chunk, plan)` gives the chunk to
-    relay, or None to swallow it; beside a request edit it undoes that edit's consequence, so it runs only where the
-    edit was made. A body that holds none of the `needles`, a frame that holds none of the `frame_needles`, is not
-    looked at (no needles: always), nor is a history that shows none of the `signs` (see `history_signs`).
-    `applies(plan)` decides once per request.
+    `request(body, plan)` edits the body in place and says whether it did; a body that holds none of the `needles`, a
+    history that shows none of the `signs` (see `history_signs`), is not looked at (none: always). `frames(plan)` makes
+    the edit of one relayed stream; beside a request edit it undoes that edit's consequence, so it runs only where the
+    edit was made. `whole(body, plan)` edits a relayed whole answer in place and says whether it did. `applies(plan)`
+    decides once per request.
     """
 
     name: str
@@ -6887,9 +6921,9 @@ class Quirk:
     dialects: Tuple[str, ...]
     source: str
     request: Optional[Callable[[Json, Plan], bool]] = None
-    frame: Optional[Callable[[Json, Plan], Optional[Json]]] = None
+    frames: Optional[Callable[[Plan], FrameEdit]] = None
+    whole: Optional[Callable[[Json, Plan], bool]] = None
     needles: Tuple[bytes, ...] = ()
-    frame_needles: Tuple[bytes, ...] = ()
     signs: FrozenSet[str] = frozenset()
     applies: Callable[[Plan], bool] = lambda plan: True
 
@@ -6920,9 +6954,15 @@ def ask_for_usage(body: Json, plan: Plan) -> bool:
     return True
 
 
-def swallow_usage_chunk(chunk: Json, plan: Plan) -> Optional[Json]:
-    """Drops the chunk that carries nothing but the usage nobody asked for."""
-    return None if chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict) else chunk
+def ask_for_stream(body: Json, plan: Plan) -> bool:
+    """A whole answer longer than upstream gives in one piece is asked for as a stream; what comes is put together here."""
+    asked = [body[name] for name in OUTPUT_LIMITS if type(body.get(name)) in (int, float)]
+    if body.get("stream") is True or max(asked, default=0) <= (model_limit(plan.record or {}, "max_non_streaming_output_tokens") or 0):
+        return False
+    body["stream"] = plan.assembled = True
+    if plan.upstream_dialect == CHAT:
+        ask_for_usage(body, plan)
+    return True
 
 
 def renamed_field(body: Json, old: str, new: str) -> bool:
@@ -7892,7 +7932,7 @@ def restore_tool_names(value: Json, plan: Plan) -> bool:
     return bool(parts)
 
 
-class RestoredNames:
+class RestoredNames(FrameEdit):
     """Frames with the tools' own names in place of those that upstream was given."""
 
     def __init__(self, plan: Plan) -> None:
@@ -8214,6 +8254,306 @@ def limit_images(body: Json, plan: Plan) -> bool:
     return kept < len(places)
 
 
+# ---- edits of relayed answers -------------------------------------------------
+
+# Strings in JSON escape their quotes: what these expressions find, quotes and all, is never part of a text.
+CHUNK_OPENS = re.compile(rb"data:\s*\{")
+CHOICE_OPENS = re.compile(rb'"choices"\s*:\s*\[\s*\{')
+ANY_INDEX = re.compile(rb'"index"\s*:\s*\d+')
+LATER_INDEX = re.compile(rb'"index"\s*:\s*[1-9]')
+CALLS_OPEN = re.compile(rb'"tool_calls"\s*:\s*\[\s*\{')
+STOP_FINISH = re.compile(rb'("finish_reason"\s*:\s*)"stop"')
+JSON_STRING = rb'"(?:[^"\\]|\\.)*"'
+PADDED = rb'"padding"\s*:\s*' + JSON_STRING
+PADDING = re.compile(PADDED + rb"\s*,\s*|\s*,\s*" + PADDED + rb"|" + PADDED)
+DELTA = re.compile(rb'"delta"\s*:\s*')
+ITEM_ID = re.compile(rb'"item_id"\s*:\s*"([^"]*)"')
+OUTPUT_INDEX = re.compile(rb'"output_index"\s*:\s*(\d+)')
+
+
+def spelled(frame: bytes, edited: bytes, chunk: Json) -> bytes:
+    """`edited` if that says `chunk`, else the chunk written anew: edited bytes are a guess, and are not sent unchecked."""
+    return edited if frame_json(edited) == chunk else format_sse(parse_frame(frame)[0], chunk)
+
+
+def with_members(frame: bytes, opens: re.Pattern, holder: Json, members: Json) -> bytes:
+    """The frame with members set in one of its objects, whose brace `opens` finds first; sets them in `holder` too.
+    A guess: see `spelled`."""
+    for name, value in members.items():
+        member = dump_json({name: value})[1:-1]
+        if name in holder:
+            frame = re.sub(rb'"%b"\s*:\s*(?:""|0|null)' % name.encode(), lambda found: member, frame, 1)
+        else:
+            frame = opens.sub(lambda found: found.group(0) + member + (b"," if holder else b""), frame, 1)
+        holder[name] = value
+    return frame
+
+
+def chunk_choices(chunk: Json) -> List[Json]:
+    """The choices of a chunk or an answer, as far as they are objects."""
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def absent(holder: Json, members: Json) -> Json:
+    """Those of the members that an object does not have."""
+    return {name: value for name, value in members.items() if name not in holder}
+
+
+class UsageChunk(FrameEdit):
+    """Swallows the chunk that carries nothing but the usage nobody asked for."""
+
+    inside = False
+
+    def __init__(self, plan: Plan) -> None:
+        pass
+
+    def touches(self, frames: bytes) -> bool:
+        return b'"choices":[]' in frames or b'"choices": []' in frames
+
+    def edit(self, frame: bytes) -> bytes:
+        chunk = frame_json(frame) or {} if self.touches(frame) else {}
+        return b"" if chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict) else frame
+
+
+class OneChoice(FrameEdit):
+    """Puts Claude's text and calls, which may come as several choices, into the first one.
+
+    Calls of different choices may have one index: the later ones get the next that is free.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._numbers: Dict[Tuple[int, int], int] = {}  # (choice, index) of a call -> its index for the client
+        self._renumbered = False
+
+    def touches(self, frames: bytes) -> bool:
+        return (b'"name"' in frames or LATER_INDEX.search(frames) is not None
+                or self._renumbered and b'"tool_calls"' in frames)
+
+    def edit(self, frame: bytes) -> bytes:
+        chunk = frame_json(frame)
+        if chunk is None or not any([self._moved(choice) for choice in chunk_choices(chunk)]):
+            return frame
+        return spelled(frame, ANY_INDEX.sub(b'"index":0', frame, 1), chunk)
+
+    def _moved(self, choice: Json) -> bool:
+        """Moves a choice to the first place, its calls to theirs; whether that changed anything."""
+        place, delta = choice.get("index"), choice.get("delta")
+        moved = type(place) is int and place > 0
+        if moved:
+            choice["index"] = 0
+        calls = delta.get("tool_calls") if isinstance(delta, dict) else None
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict) and type(call.get("index")) is int:
+                number = self._number(place if moved else 0, call["index"])
+                moved, call["index"] = moved or number != call["index"], number
+        return moved
+
+    def _number(self, choice: int, index: int) -> int:
+        taken = self._numbers.values()
+        number = self._numbers.setdefault((choice, index), index if index not in taken else max(taken) + 1)
+        self._renumbered = self._renumbered or number != index
+        return number
+
+
+def merge_choices(body: Json, plan: Plan) -> bool:
+    """Makes one choice of the several Claude's answer came in: texts joined, calls in order, the first thought."""
+    choices = [choice for choice in chunk_choices(body) if isinstance(choice.get("message"), dict)]
+    if len(choices) < 2 or len(choices) != len(body["choices"]):
+        return False
+    messages = [choice["message"] for choice in choices]
+    texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    calls = [call for message in messages if isinstance(message.get("tool_calls"), list) for call in message["tool_calls"]]
+    thought = next((message for message in messages if message.get("reasoning_text") or message.get("reasoning_opaque")), {})
+    finishes = [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
+    merged = {**messages[0], "content": "".join(texts) if texts else None,
+              **{name: thought[name] for name in ("reasoning_text", "reasoning_opaque") if name in thought},
+              **({"tool_calls": calls} if calls else {})}
+    finish = "tool_calls" if calls and "tool_calls" in finishes else finishes[-1] if finishes else None
+    body["choices"] = [{**choices[0], "finish_reason": finish, "index": 0, "message": merged}]
+    return True
+
+
+class CallFinish(FrameEdit):
+    """Says `tool_calls` where Gemini ends a turn with calls by `stop`: clients would not run them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._called = False
+
+    def touches(self, frames: bytes) -> bool:
+        return not self._called and b'"tool_calls"' in frames or self._called and b'"stop"' in frames
+
+    def edit(self, frame: bytes) -> bytes:
+        self._called = self._called or CALLS_OPEN.search(frame) is not None
+        return STOP_FINISH.sub(rb'\1"tool_calls"', frame) if self._called else frame
+
+
+def finish_with_calls(body: Json, plan: Plan) -> bool:
+    """The same for a whole answer."""
+    wrong = [choice for choice in chunk_choices(body) if choice.get("finish_reason") == "stop"
+             and isinstance(choice.get("message"), dict) and choice["message"].get("tool_calls")]
+    for choice in wrong:
+        choice["finish_reason"] = "tool_calls"
+    return bool(wrong)
+
+
+class Padding(FrameEdit):
+    """Takes out the noise that hides a message's length from eavesdroppers."""
+
+    def __init__(self, plan: Plan) -> None:
+        pass
+
+    def touches(self, frames: bytes) -> bool:
+        return b'"padding"' in frames
+
+    def edit(self, frame: bytes) -> bytes:
+        chunk = frame_json(frame)
+        if chunk is None or not any([_drop_padding(choice.get("delta")) for choice in chunk_choices(chunk)]):
+            return frame
+        return spelled(frame, PADDING.sub(b"", frame), chunk)
+
+
+def drop_padding(body: Json, plan: Plan) -> bool:
+    """The same for a whole answer."""
+    return any([_drop_padding(choice.get("message")) for choice in chunk_choices(body)])
+
+
+def _drop_padding(message: Any) -> bool:
+    return isinstance(message, dict) and message.pop("padding", None) is not None
+
+
+class ChunkFields(FrameEdit):
+    """Fills what a chunk's type demands and upstream leaves out or empty; the id is the meter's part.
+
+    The chunk that opens GPT's streams says nothing but the verdict on the prompt, under no id: it is swallowed.
+    """
+
+    inside = False
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._about: Json = {}  # of the first chunk, and of all that say less
+
+    def touches(self, frames: bytes) -> bool:
+        return b"data:" in frames
+
+    def edit(self, frame: bytes) -> bytes:
+        """The chunk with its gaps filled, b"" for the opening one; errors and what is no chunk stay."""
+        chunk = frame_json(frame)
+        if chunk is None or chunk.get("error"):
+            return frame
+        if "prompt_filter_results" in chunk and not chunk.get("choices") and not chunk.get("usage"):
+            return b""
+        self._about = self._about or {"object": "chat.completion.chunk", "created": chunk.get("created") or self._plan.asked_at,
+                                      "model": chunk.get("model") or self._plan.model}
+        lacking = {name: value for name, value in self._about.items() if not chunk.get(name)}
+        if not isinstance(chunk.get("choices"), list):
+            lacking["choices"] = []
+        gaps = [(CHUNK_OPENS, chunk, lacking)] + [(CHOICE_OPENS, choice, absent(choice, {"finish_reason": None, "index": at}))
+                                                  for at, choice in enumerate(chunk_choices(chunk))]
+        if not any(members for _, _, members in gaps):
+            return frame
+        edited = frame
+        for opens, holder, members in gaps:
+            edited = with_members(edited, opens, holder, members)
+        return spelled(frame, edited, chunk)
+
+
+def fill_fields(body: Json, plan: Plan) -> bool:
+    """The same for a whole answer, whose messages lack `content` beside calls."""
+    about = {"object": "chat.completion", "created": plan.asked_at, "model": plan.model, "choices": []}
+    lacking = {name: value for name, value in about.items() if not body.get(name) and body.get(name) != value}
+    body.update(lacking)
+    filled = bool(lacking)
+    for at, choice in enumerate(chunk_choices(body)):
+        holders = [(choice, {"index": at, "finish_reason": None})]
+        if isinstance(choice.get("message"), dict):
+            holders.append((choice["message"], {"content": None}))
+        for holder, members in holders:
+            gaps = absent(holder, members)
+            holder.update(gaps)
+            filled = filled or bool(gaps)
+    return filled
+
+
+class ItemIds(FrameEdit):
+    """Gives every output item one id, the first it came under: SDKs join deltas, items and the final output by it.
+
+    A read in which every frame has the `item_id` of the newest item costs two counts. Ids may be 400 characters long.
+    """
+
+    inside = False
+
+    def __init__(self, plan: Plan) -> None:
+        self._pins: Dict[int, bytes] = {}  # output_index -> id, as JSON spells it between the quotes
+        self._kinds: Dict[int, str] = {}  # output_index -> type of the item
+        self._newest = 0  # what an event without an index is about
+        self._spelled = b'"item_id":""'  # with the pin of the newest
+
+    def touches(self, frames: bytes) -> bool:
+        return frames.count(self._spelled) != frames.count(b"\ndata: ") + frames.startswith(b"data: ")
+
+    def edit(self, frame: bytes) -> bytes:
+        found = ITEM_ID.search(frame)
+        if found is None:
+            return self._items(frame) if b'"item"' in frame or b'"output"' in frame else frame
+        own = found.group(1)
+        if b"\\" in own:
+            return frame
+        pin = self._pinned(self._place(frame, found.end()), own)
+        return frame if pin == own else frame[:found.start(1)] + pin + frame[found.end(1):]
+
+    def _place(self, frame: bytes, near: int = 0) -> int:
+        """The `output_index` of a frame; looked for from `near` on first, an id may be long."""
+        found = OUTPUT_INDEX.search(frame, near) or OUTPUT_INDEX.search(frame)
+        return int(found.group(1)[:9]) if found is not None else self._newest
+
+    def _pinned(self, place: int, own: bytes) -> bytes:
+        pin = self._pins.setdefault(place, own)
+        if place != self._newest or pin is own:
+            self._newest, self._spelled = place, b'"item_id":"' + pin + b'"'
+        return pin
+
+    def _items(self, frame: bytes) -> bytes:
+        """A frame with whole items: one under its index, or the final output, whose places are the indexes."""
+        event = frame_json(frame) or {}
+        response, output = event.get("response"), []
+        if isinstance(event.get("item"), dict):
+            place, item = self._place(frame), event["item"]
+            self._kinds.setdefault(place, name_in(item, "type"))
+            if isinstance(item.get("id"), str):
+                self._pinned(place, dump_json(item["id"])[1:-1])
+            output = [(place, item)]
+        elif isinstance(response, dict) and isinstance(response.get("output"), list):
+            output = [(place, item) for place, item in enumerate(response["output"]) if isinstance(item, dict)]
+        differing = [(place, item) for place, item in output if self._differs(place, item)]
+        edited = frame
+        for place, item in differing:
+            edited = self._renamed(edited, item, self._pins[place])
+        return spelled(frame, edited, event) if differing else frame
+
+    def _differs(self, place: int, item: Json) -> bool:
+        """Whether an item stands under another id than that of its place; an item of another type is another item."""
+        own, same = item.get("id"), self._kinds.get(place, "") in ("", name_in(item, "type"))
+        return isinstance(own, str) and same and place in self._pins and dump_json(own)[1:-1] != self._pins[place]
+
+    @staticmethod
+    def _renamed(frame: bytes, item: Json, pin: bytes) -> bytes:
+        own, item["id"] = dump_json(item["id"]), json.loads(b'"' + pin + b'"')
+        return re.sub(rb'("id"\s*:\s*)' + re.escape(own), lambda found: found.group(1) + b'"' + pin + b'"', frame, 1)
+
+
+# ---- the table ----------------------------------------------------------------
+
+# Where each dialect says how long an answer may be.
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def may_be_assembled(plan: Plan) -> bool:
+    """Whether a whole answer was asked for of a model that limits the length of those."""
+    return not plan.stream and plan.choices == 1 and bool(model_limit(plan.record or {}, "max_non_streaming_output_tokens"))
+
+
 QUIRKS: Tuple[Quirk, ...] = (
     #     name              provider   dialects                     source
     Quirk("service_tier",   "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 6.1, 7.1",
@@ -8264,8 +8604,7 @@ QUIRKS: Tuple[Quirk, ...] = (
     Quirk("cache_count",    "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
           request=limit_cache_marks, needles=(b'"cache_control"',)),
     Quirk("include_usage",  "copilot", (CHAT,),                     "copilot-upstream 5.2",
-          request=ask_for_usage, frame=swallow_usage_chunk, frame_needles=(b'"choices":[]', b'"choices": []'),
-          applies=lambda plan: plan.stream),
+          request=ask_for_usage, frames=UsageChunk, applies=lambda plan: plan.stream),
     Quirk("eager_input_streaming", "copilot", (MESSAGES,),          "copilot-upstream 7.1",
           request=drop_eager_streaming, needles=(b'"eager_input_streaming"',)),
     Quirk("speed",          "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
@@ -8280,11 +8619,24 @@ QUIRKS: Tuple[Quirk, ...] = (
     Quirk("tool_references", "copilot", (MESSAGES,),                "copilot-upstream 7.1; DESIGN 8",
           request=tell_lost_references, needles=(b'"tool_reference"',)),
     Quirk("tool_names",     "copilot", (CHAT, RESPONSES, MESSAGES), "user-pains P52",
-          request=shorten_tool_names, needles=(b'"name"',)),
+          request=shorten_tool_names, needles=(b'"name"',), frames=RestoredNames, whole=restore_tool_names),
     Quirk("schema",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 7.1; user-pains P50",
           request=mend_tool_schemas, needles=(b'"tools"',)),
     Quirk("images",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 3.2, 4.2; user-pains P55, P56",
           request=limit_images),
+    Quirk("assembled",      "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 7.1, last row",
+          request=ask_for_stream, needles=(b'_tokens"',), applies=may_be_assembled),
+    # ---- answers: of relayed frames and bodies only; decoders read all of this anyway
+    Quirk("choices",        "copilot", (CHAT,),                     "copilot-upstream 5.3, 5.5",
+          frames=OneChoice, whole=merge_choices, applies=lambda plan: "claude" in plan.model and plan.choices == 1),
+    Quirk("finish",         "copilot", (CHAT,),                     "copilot-upstream 5.4",
+          frames=CallFinish, whole=finish_with_calls, applies=lambda plan: "gemini" in plan.model),
+    Quirk("padding",        "copilot", (CHAT,),                     "copilot-upstream 5.5",
+          frames=Padding, whole=drop_padding),
+    Quirk("fields",         "copilot", (CHAT,),                     "copilot-upstream 5.2, 5.5",
+          frames=ChunkFields, whole=fill_fields),
+    Quirk("pinned_ids",     "copilot", (RESPONSES,),                "copilot-upstream 6.4",
+          frames=ItemIds),
 )
 
 
@@ -8311,33 +8663,100 @@ def edit_request(body: Json, raw: bytes, plan: Plan, quirks: Sequence[Quirk]) ->
     return len(plan.edits) > before
 
 
+class FrameForm:
+    """What stands around the delta of most frames of a stream, before and after the edits.
+
+    Frames of one stream mostly differ in their delta only: once one has been edited, its like are known by three counts
+    and edited by two replacements.
+    """
+
+    __slots__ = ("head", "tail", "seam", "new_head", "new_tail")
+
+    def __init__(self, old: Tuple[bytes, bytes], new: Tuple[bytes, bytes]) -> None:
+        self.head, self.tail = old
+        self.seam = self.tail + self.head
+        self.new_head, self.new_tail = new
+
+    def fits(self, frames: bytes) -> bool:
+        """Whether all frames are of this form: head and tail hold bare quotes, so they never stand inside a text."""
+        return (frames.startswith(self.head) and frames.endswith(self.tail)
+                and frames.count(self.head) == frames.count(self.tail) == frames.count(self.seam) + 1)
+
+    def edited(self, frames: bytes) -> bytes:
+        """Frames of this form in the new one."""
+        if self.new_head != self.head:
+            frames = frames.replace(self.head, self.new_head)
+        return frames.replace(self.tail, self.new_tail) if self.new_tail != self.tail else frames
+
+
+def around_delta(frame: bytes) -> Optional[Tuple[bytes, bytes, bytes]]:
+    """(before, delta, behind) of a frame that holds one `delta`."""
+    found = DELTA.findall(frame)
+    if len(found) != 1:
+        return None
+    head, name, rest = frame.partition(found[0])
+    try:
+        text = rest.decode()
+        size = len(text[:_scan_json(text, 0)[1]].encode())
+    except (StopIteration, ValueError, RecursionError):
+        return None
+    return head + name, rest[:size], rest[size:]
+
+
 class FramePatch:
-    """Runs the frame edits over relayed frames; reads without a needle pass as they are."""
+    """Runs the frame edits over what is relayed of one stream; a read that nobody touches passes as it is."""
+
+    LEARNINGS = 8  # forms in a row that nothing has fitted: where every frame has its own, they only cost
 
     def __init__(self, plan: Plan, quirks: Sequence[Quirk]) -> None:
-        self._plan = plan
-        self._rows = [quirk for quirk in quirks
-                      if quirk.frame is not None and (quirk.request is None or quirk.name in plan.edits)]
-        self._needles = tuple(needle for quirk in self._rows for needle in quirk.frame_needles)
+        edits = [quirk.frames(plan) for quirk in quirks
+                 if quirk.frames is not None and (quirk.request is None or quirk.name in plan.edits)]
+        self._inside = [edit for edit in edits if edit.inside]
+        self._around = [edit for edit in edits if not edit.inside]
+        self._forms: deque = deque(maxlen=3)  # newest first
+        self._learnings = 0
 
     def feed(self, frames: bytes) -> bytes:
-        """The frames to relay."""
-        if not any(needle in frames for needle in self._needles):
-            return frames
+        """The frames to relay; whole frames only."""
+        if not any([edit.touches(frames) for edit in self._inside]):
+            known = self._in_form(frames)
+            if known is not None:
+                return known
+            if not any([edit.touches(frames) for edit in self._around]):
+                return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
+    def _in_form(self, frames: bytes) -> Optional[bytes]:
+        """Frames of one known form, edited; None for others."""
+        for form in self._forms:
+            if form.fits(frames):
+                self._learnings = 0
+                return form.edited(frames)
+        return None
+
     def _frame(self, frame: bytes) -> bytes:
-        rows = [row for row in self._rows if any(needle in frame for needle in row.frame_needles)]
-        chunk = frame_json(frame) if rows else None
-        if chunk is None:
-            return frame
-        for row in rows:
-            edited = row.frame(chunk, self._plan)
-            if edited is None:
-                return b""
-            if edited is not chunk:
-                chunk, frame = edited, format_sse(parse_frame(frame)[0], edited)
-        return frame
+        for edit in self._inside:
+            if edit.touches(frame):
+                frame = edit.edit(frame)
+        known = self._in_form(frame)
+        if known is not None:
+            return known
+        edited = frame
+        for edit in self._around:
+            edited = edit.edit(edited) if edited else edited
+        if edited and self._learnings < self.LEARNINGS:
+            self._learn(frame, edited)
+        return edited
+
+    def _learn(self, frame: bytes, edited: bytes) -> None:
+        """Keeps the form of a frame, and what was made of it; gives up where no form fits twice."""
+        old = around_delta(frame)
+        new = old if edited is frame else around_delta(edited)
+        self._learnings += 1
+        if self._learnings == self.LEARNINGS:
+            self._forms.clear()
+        elif old is not None and new is not None and old[1] == new[1]:
+            self._forms.appendleft(FrameForm(old[::2], new[::2]))
 
 
 # ---- mends ------------------------------------------------------------------
@@ -12129,7 +12548,7 @@ class Copilot(Provider):
         operation = plan.operation if plan.operation in COPILOT_PATHS else plan.upstream_dialect
         return self._upstream.open("POST", token.api + COPILOT_PATHS[operation],
                                    self.headers(plan, token, client_headers), body, stopper,
-                                   COUNT_TIMEOUT_S if operation == "count_tokens" else None, whole=not plan.stream)
+                                   COUNT_TIMEOUT_S if operation == "count_tokens" else None, whole=not (plan.stream or plan.assembled))
 
     def headers(self, plan: Plan, token: CopilotToken, client_headers: Dict[str, str]) -> List[Tuple[str, str]]:
         """The request headers; `X-Initiator` says the truth about who started the turn."""
@@ -13624,8 +14043,8 @@ class Sender:
 class Road:
     """How an answer of upstream's becomes the client's. One object serves one request, attempt by attempt.
 
-    `stream`, `not_a_stream` and `whole` relay one answer; they raise UpstreamError while nothing of it has been
-    relayed, and end the client's stream legally afterwards.
+    `stream`, `not_a_stream`, `whole` and `assembled` relay one answer; they raise UpstreamError while nothing of it has
+    been relayed, and end the client's stream legally afterwards.
     """
 
     def __init__(self, plan: Plan, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch) -> None:
@@ -13647,6 +14066,10 @@ class Road:
         raise NotImplementedError
 
     def whole(self, answer: Answer) -> None:
+        raise NotImplementedError
+
+    def assembled(self, answer: Answer) -> None:
+        """Relays as a whole what upstream streams."""
         raise NotImplementedError
 
     def ending(self, failure: Failure) -> bytes:
@@ -13709,6 +14132,17 @@ class Batches:
                 return
 
 
+def assembled_reply(codec: Codec, answer: Answer, trace_id: str) -> Reply:
+    """The whole answer of a stream; raises UpstreamError for one that breaks off or tells of a failure."""
+    batches = Batches(answer)
+    try:
+        return collect(lawful(guarded(codec.decode_stream(map(parse_frames, batches))), trace_id))
+    except UpstreamError as error:
+        if error.failure.code == INTERRUPTED and batches.failure is not None:
+            raise UpstreamError(batches.failure) from error
+        raise
+
+
 class PassThroughRoad(Road):
     """Same dialect on both sides: upstream's own bytes, metered on the way."""
 
@@ -13749,12 +14183,21 @@ class PassThroughRoad(Road):
         value = good_object(answer, body)
         if self.line.settle():
             raise UpstreamError(Failure("transport", "provider", 502, "upstream did not stream its answer"))
-        self._send(answer, body, value)
+        self._edit_and_send(answer, body, value)
 
     def whole(self, answer: Answer) -> None:
-        """Relays a whole answer, upstream's bytes."""
+        """Relays a whole answer, upstream's bytes where no quirk concerns it."""
         body = read_whole(answer)
-        self._send(answer, body, good_object(answer, body))
+        self._edit_and_send(answer, body, good_object(answer, body))
+
+    def assembled(self, answer: Answer) -> None:
+        """Tells a stream as one object: what the hub carries of it."""
+        value = self._codec.encode_reply(assembled_reply(self._codec, answer, self.exchange.trace_id), None)
+        self._send(answer, dump_json(value), value)
+
+    def _edit_and_send(self, answer: Answer, body: bytes, value: Json) -> None:
+        edited = any([quirk.whole(value, self.plan) for quirk in self._quirks if quirk.whole is not None])
+        self._send(answer, dump_json(value, ascii_only=body.isascii()) if edited else body, value)
 
     def _send(self, answer: Answer, body: bytes, value: Json) -> None:
         self.send_whole(answer, body, self._codec.decode_usage(value), value.get("model"), self._codec.stop_reason(value))
@@ -13848,8 +14291,15 @@ class TranslatedRoad(Road):
 
     def whole(self, answer: Answer) -> None:
         """Translates a whole answer."""
+        self._tell(answer, self._upstream.decode_reply(good_object(answer, read_whole(answer))))
+
+    def assembled(self, answer: Answer) -> None:
+        """The same for one that comes as a stream."""
+        self._tell(answer, assembled_reply(self._upstream, answer, self.exchange.trace_id))
+
+    def _tell(self, answer: Answer, reply: Reply) -> None:
         plan = self.plan
-        reply = restore_reply(self._upstream.decode_reply(good_object(answer, read_whole(answer))), plan.names)
+        reply = restore_reply(reply, plan.names)
         if self._cutter:
             reply = collect(lawful(self._cutter().stream([replay(reply)]), self.exchange.trace_id))
         reply = self._carriage.reply(reply)
@@ -14002,7 +14452,8 @@ class Gateway:
         request = codec.decode_request(body)
         if dialect == GEMINI and not any(says_something(message) for message in request.messages):
             raise ClientError(GEMINI_EMPTY)
-        plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream)
+        plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream, asked_at=exchange.started_ms // 1000,
+                                    choices=body["n"] if type(body.get("n")) is int else 1)
         plan.long_context = LONG_CONTEXT_BETA in inbound.headers.get("anthropic-beta", "")
         settings = self._settings()
         plan.caller = identify(inbound.headers, body, request, self._machine_id, settings["initiatorPolicy"])
@@ -14088,12 +14539,11 @@ class Gateway:
         """Sends and relays once; raises UpstreamError while nothing of upstream's has been relayed."""
         answer = self._sender.send(plan, wire.raw, inbound, line.stopper, exchange)
         try:
-            if not plan.stream:
-                road.whole(answer)
-            elif "text/event-stream" in answer.headers.get("content-type", "text/event-stream"):
-                road.stream(answer)
+            streamed = "text/event-stream" in answer.headers.get("content-type", "text/event-stream")
+            if plan.stream:
+                (road.stream if streamed else road.not_a_stream)(answer)
             else:
-                road.not_a_stream(answer)
+                (road.assembled if plan.assembled and streamed else road.whole)(answer)
         finally:
             answer.close()
 
