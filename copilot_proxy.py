@@ -7371,39 +7371,231 @@ def document_tokens(model: str, data: bytes) -> int:
 
 # ---- whole requests ---------------------------------------------------------
 
-
-def count_request(estimator: TokenEstimator, request: Request, model: str) -> int:
-    """Input tokens of a request: its texts, tools as compact JSON, pictures by their size, and the framing."""
-    texts: List[str] = []
-    media = calls = 0
-    for message in request.messages:
-        for block in message.content:
-            media += _gather(block, model, texts)
-            calls += isinstance(block, (ToolCall, ToolResult))
-    family = token_family(model)
-    tools = "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or {}}).decode()
-                      for tool in request.tools)
-    turns = sum(message.role in ("user", "assistant") for message in request.messages)
-    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
-    framing = framing_tokens(model, turns, estimator.text(tools, family), forced, calls)
-    return max(1, estimator.text("\n".join(texts), family) + media + framing)
+# Whose prompts keep the thinking of earlier turns (Anthropic, "Extended thinking", 2026: Opus 4.5 and later, the others
+# after 4.5). Elsewhere only that of the running tool loop is read (the same; OpenAI, "Reasoning models": items since
+# the last user message).
+KEEPS_THINKING = (("opus", (4, 5)), ("claude", (4, 6)))
+# Characters per token of what only upstream can read: encrypted reasoning, redacted thinking (reference 7.2).
+SEALED_CHARS = 6
+# Bytes per token of a file that is no PDF (what Copilot's client reckons), and of sound and pictures that move: 128 kbit/s
+# at Gemini's 32 tokens a second, 1 Mbit/s at its 263.
+FILE_BYTES, MEDIA_BYTES = 8, 500
 
 
-def _gather(block: Block, model: str, texts: List[str]) -> int:
-    """Adds a block's texts to `texts`; gives the tokens of what is no text (never the estimator over base64)."""
-    if isinstance(block, Image):
-        return image_tokens(model, image_size_base64(block.data) if block.data else None, block.detail or "auto")
-    if isinstance(block, File) and block.text is None:
-        return document_tokens(model, decode_base64(block.data)) if block.data else 0
-    if isinstance(block, ToolCall):
-        texts.append(f"{block.name} {block.arguments}")
+class PromptParts:
+    """What a request holds, by the way it is counted. `media`: tokens of pictures, documents and what cannot be read."""
+
+    __slots__ = ("model", "texts", "sealed", "media", "calls")
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.texts: List[str] = []
+        self.sealed = self.media = self.calls = 0
+
+    def add(self, block: Block) -> None:
+        """Takes a block in. The estimator never sees base64."""
+        if isinstance(block, ToolCall):
+            self.calls += 1
+            self.texts.append(f"{block.name} {block.arguments}")
+        elif isinstance(block, ToolResult):
+            self.calls += 1
+            for part in block.content:
+                self.add(part)
+        elif isinstance(block, ToolReference):
+            self.texts.append(block.name)
+        elif isinstance(block, (Text, Refusal)):
+            self.texts.append(block.text)
+        elif isinstance(block, Thinking):
+            self._add_thinking(block)
+        else:
+            self._add_foreign(block)
+
+    def _add_thinking(self, block: Thinking) -> None:
+        """Claude reads the text, and only where there is none what its signature hides; the others what is encrypted."""
+        readable = block.text and "claude" in self.model
+        sealed = block.redacted or (None if readable else block.signature)
+        self.sealed += len(sealed or "") // SEALED_CHARS
+        if not sealed:
+            self.texts.append(block.text)
+
+    def _add_foreign(self, block: Any) -> None:
+        if isinstance(block, Image):
+            self._add_image(block.data or "", block.detail or "auto")
+        elif isinstance(block, File):
+            self._add_file(block)
+        elif isinstance(block, Compaction):
+            self.texts.append(block.summary or "")
+            self.media += len(block.sealed or "") // SEALED_CHARS
+        else:
+            self._add_opaque(block.raw)
+
+    def _add_image(self, data: str, detail: str) -> None:
+        self.media += image_tokens(self.model, image_size_base64(data) if data else None, detail)
+
+    def _add_file(self, file: File) -> None:
+        """A PDF by its pages, one page where only its address is known; plain text as text."""
+        kind, data = file.media_type or "application/pdf", file.data or ""
+        if file.text is not None:
+            self.texts.append(file.text)
+        elif kind == "application/pdf" or not data:
+            self.media += document_tokens(self.model, decode_base64(data))
+        elif kind.startswith("text/"):
+            self.texts.append(decode_base64(data).decode("utf-8", "replace"))
+        else:
+            self.media += len(data) * 3 // 4 // (MEDIA_BYTES if kind.startswith(("audio/", "video/")) else FILE_BYTES)
+
+    def _add_opaque(self, raw: Any) -> None:
+        """The texts inside a block of one dialect only; its payloads as picture, sound or sealed state."""
+        for name, text in strings_of(raw):
+            if name in ("data", "file_data") and image_size_base64(text):
+                self._add_image(text, "auto")
+            elif name in ("data", "file_data"):
+                self.media += 1 + len(text) * 3 // 4 // MEDIA_BYTES
+            elif name in ("encrypted_content", "signature"):
+                self.media += len(text) // SEALED_CHARS
+            elif name != "type":
+                self.texts.append(text)
+
+
+def strings_of(value: Any) -> Iterator[Tuple[str, str]]:
+    """(name of the field, text) of every string in a JSON value, however deep; without names of its own a list's name."""
+    left = [("", value)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += reversed(list(value.items()))
+        elif isinstance(value, list):
+            left += [(name, item) for item in reversed(value)]
+        elif isinstance(value, str):
+            yield name, value
+
+
+def first_thinking(request: Request, model: str) -> int:
+    """The index of the message from which on upstream reads thinking.
+
+    A client may say it itself: `{"edits":[{"type":"clear_thinking_20251015","keep":"all"|{"type":"thinking_turns","value":1}}]}`
+    """
+    said = [edit.get("keep") for edit in want_edits(request) if str(edit.get("type")).startswith("clear_thinking")]
+    since = next((since for word, since in KEEPS_THINKING if word in model), None)
+    if "all" in said or not said and since is not None and "claude" in model and model_version(model, "claude") >= since:
+        return 0
+    loop = max((index for index, message in enumerate(request.messages)
+                if message.role == "user" and not any(isinstance(block, ToolResult) for block in message.content)), default=0)
+    turns = [index for index, message in enumerate(request.messages) if any(isinstance(block, Thinking) for block in message.content)]
+    kept = count_or_zero(said[0] or {"value": 1}, "value") if said else 0  # one turn where it does not say
+    return min(loop, turns[-min(kept, len(turns))]) if kept and turns else loop
+
+
+def want_edits(request: Request) -> List[Json]:
+    """The edits of `context_management` as Messages has it."""
+    management = (request.extra or {}).get("context_management")
+    edits = management.get("edits") if isinstance(management, dict) else None
+    return [edit for edit in edits if isinstance(edit, dict)] if isinstance(edits, list) else []
+
+
+def counted_tools(request: Request, model: str) -> str:
+    """The tools the model sees, as lines of compact JSON. One that a search can load later is seen once it was found."""
+    finders = ("search", "server") if "claude" in model else ("search",)
+    hides = any(tool.kind in finders and "tool_search" in tool.name for tool in request.tools)
+    found = hides and {name for message in request.messages for block in message.content for name in found_tools(block)}
+    return "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or tool.grammar or {}})
+                     .decode("utf-8", "surrogatepass") for tool in request.tools if not (hides and tool.deferred and tool.name not in found))
+
+
+def found_tools(block: Block) -> Iterator[str]:
+    """The names of tools that a block says were found."""
+    if isinstance(block, ToolReference):
+        yield block.name
     elif isinstance(block, ToolResult):
-        return sum(_gather(part, model, texts) for part in block.content)
-    elif isinstance(block, ToolReference):
-        texts.append(block.name)
-    elif isinstance(block, (Text, Thinking, Refusal, File)):
-        texts.append(block.text or "")
-    return 0
+        for part in block.content:
+            yield from found_tools(part)
+    elif isinstance(block, Opaque):
+        yield from (text for name, text in strings_of(block.raw) if name == "tool_name")
+
+
+def measure_request(estimator: TokenEstimator, request: Request, model: str, multiplier: Optional[float] = None) -> Tuple[int, int]:
+    """(tokens of texts, tools and framing; tokens of media) of a request, as upstream will read it.
+
+    `multiplier`: the operator's own factor of o200k for Claude, in place of the family's weights.
+    """
+    model = model.lower()
+    family, scale = ("o200k", multiplier) if multiplier and "claude" in model else (token_family(model), 1.0)
+    parts, thinks = PromptParts(model), first_thinking(request, model)
+    for index, message in enumerate(request.messages):
+        for block in message.content:
+            if index >= thinks or not isinstance(block, Thinking):
+                parts.add(block)
+    if request.output is not None and request.output.schema:
+        parts.texts.append(dump_json(request.output.schema).decode("utf-8", "surrogatepass"))
+    turns = sum(message.role in ("user", "assistant") for message in request.messages)
+    names = sum("name" in (message.extra or {}) for message in request.messages) if family == "o200k" else 0
+    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
+    tools = round(estimator.text(counted_tools(request, model), family) * scale)
+    framing = framing_tokens(model, turns, tools, forced, parts.calls, names)
+    return max(1, round(estimator.text("\n".join(parts.texts), family) * scale) + parts.sealed + framing), parts.media
+
+
+class Calibration:
+    """What answers taught about estimates: per model, how much more (or less) was billed than estimated.
+
+    A running mean of actual / estimated, in which a request weighs by its size: what a small one adds is framing, and the
+    counts that matter are those of large ones. It absorbs unknown framing, tools' prompts and tokenizers. Lock-free: every
+    step is one dict operation, and of two threads that learn at once one lesson may be lost.
+    """
+
+    # An answer's weight (reference 8: 0.1 to 0.3), the bounds of a ratio, and the size below which nothing is learned.
+    WEIGHT, LOWEST, HIGHEST, MIN_TOKENS, MAX_MODELS = 0.3, 0.6, 1.8, 500, 500
+    # A client with a count too low compacts too late, one that is some percent too high costs it nothing: in sessions of
+    # real texts (60 turns, true counts) 38 % of all counts after the fifth turn fell short of the truth without this
+    # margin, 0.5 % with it, and 1 % were more than 10 % too high.
+    MARGIN = 0.04
+
+    def __init__(self) -> None:
+        self._learned: Dict[str, Tuple[float, float]] = {}  # model -> fading sums of (actual, estimated) tokens
+
+    def learn(self, model: str, estimated: int, actual: int) -> None:
+        """One more answer of a model."""
+        if min(estimated, actual) <= self.MIN_TOKENS:
+            return
+        if len(self._learned) >= self.MAX_MODELS and model not in self._learned:
+            self._learned.clear()  # names are a client's to invent
+        ratio = min(max(actual / estimated, self.LOWEST), self.HIGHEST)
+        billed, guessed = self._learned.get(model, (0.0, 0.0))
+        fade = 1 - self.WEIGHT
+        self._learned[model] = billed * fade + ratio * estimated, guessed * fade + estimated
+
+    def factor(self, model: str) -> float:
+        """What to multiply an estimate with, margin included; 1 for a model that taught nothing."""
+        billed, guessed = self._learned.get(model, (0.0, 0.0))
+        return billed / guessed * (1 + self.MARGIN) if guessed else 1.0
+
+    def apply(self, model: str, estimated: int) -> int:
+        """The corrected estimate, rounded up."""
+        return math.ceil(estimated * self.factor(model))
+
+
+class PromptCounter:
+    """Input tokens of whole requests: estimated, and corrected by what upstream billed. Shared between threads."""
+
+    def __init__(self, estimator: TokenEstimator, calibration: Calibration) -> None:
+        self._estimator = estimator
+        self._calibration = calibration
+
+    def count(self, request: Request, model: str, multiplier: Optional[float] = None) -> int:
+        """Input tokens of a request. An operator's `multiplier` for Claude is taken at its word: nothing learned changes it."""
+        text, media = measure_request(self._estimator, request, model, multiplier)
+        if multiplier and "claude" in model.lower():
+            return text + media
+        return self._calibration.apply(model, text) + media
+
+    def learn(self, request: Request, model: str, billed: int) -> None:
+        """Compares a request with what was billed for it, where all of it can be seen."""
+        if billed <= Calibration.MIN_TOKENS or any(tool.kind == "server" for tool in request.tools) \
+                or (request.extra or {}).get("previous_response_id"):
+            return
+        text, media = measure_request(self._estimator, request, model)
+        if not media:
+            self._calibration.learn(model, text, billed)
 
 
 ###############################################################################
@@ -12050,10 +12242,11 @@ class TranslatedRoad(Road):
     """Upstream speaks another dialect: frames -> events -> frames, batch by batch; whole answers by the same values."""
 
     def __init__(self, plan: Plan, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch,
-                 recollection: Recollection, cutter: Optional[Callable[[], TextCutter]]) -> None:
+                 recollection: Recollection, cutter: Optional[Callable[[], TextCutter]], expected: Callable[[], int]) -> None:
         super().__init__(plan, inbound, line, exchange, watch)
         self._asked = request
         self._cutter = cutter  # one for each try
+        self._expected = expected  # input tokens, estimated
         hidden = plan.dialect == MESSAGES and request.reasoning is not None and request.reasoning.visible is False
         self._carriage = Carriage(plan.origin, plan.dialect, plan.upstream_dialect, hidden)
         self._recollection = recollection
@@ -12068,15 +12261,20 @@ class TranslatedRoad(Road):
         return [("Content-Type", "application/json"), *headers[1:]] if self._framing is not format_frames else headers
 
     def stream(self, answer: Answer) -> None:
-        """Moves events as they arrive: read -> decode -> meter -> encode -> write, one write per read."""
-        batches = Batches(answer)
-        self._stream_events(answer, self._upstream.decode_stream(map(parse_frames, batches)), batches)
+        """Moves events as they arrive: read -> decode -> meter -> encode -> write, one write per read.
 
-    def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches) -> None:
+        A Messages client reads the prompt's size in the first event, where Chat and Responses tell it in the last. It is
+        reckoned while upstream thinks: the head of the answer is here, the first event seldom.
+        """
+        expected = Usage(input=self._expected()) if self.plan.dialect == MESSAGES else None
+        batches = Batches(answer)
+        self._stream_events(answer, self._upstream.decode_stream(map(parse_frames, batches)), batches, expected)
+
+    def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches, expected: Optional[Usage]) -> None:
         plan, exchange = self.plan, self.exchange
         restored = restore_names(guarded(decoded), plan.names)
         events = lawful(self._cutter().stream(restored) if self._cutter else restored, exchange.trace_id)
-        tally = Tally(self, batches, self._carriage.stream(events))
+        tally = Tally(self, batches, self._carriage.stream(events), expected)
         last = b""
         try:
             for frames in self._client.encode_stream(iter(tally), self._asked):
@@ -12095,7 +12293,7 @@ class TranslatedRoad(Road):
     def not_a_stream(self, answer: Answer) -> None:
         """A whole answer where a stream was asked for is told as a stream; an error is an error."""
         reply = self._upstream.decode_reply(good_object(answer, read_whole(answer)))
-        self._stream_events(answer, [replay(reply)], Batches(answer))
+        self._stream_events(answer, [replay(reply)], Batches(answer), None)
 
     def whole(self, answer: Answer) -> None:
         """Translates a whole answer."""
@@ -12153,10 +12351,11 @@ class Tally:
     While nothing has been relayed a Fault is raised: it is still a real status. A stream that broke off tells why.
     """
 
-    def __init__(self, road: Road, batches: Batches, events: Iterable[List[Event]]) -> None:
+    def __init__(self, road: Road, batches: Batches, events: Iterable[List[Event]], expected: Optional[Usage]) -> None:
         self._road = road
         self._batches = batches
         self._events = events
+        self._expected = expected  # what the client is told at the start where upstream says nothing; never counted here
         self._begun = False
         self.ended = False
         self.failure: Optional[Failure] = None
@@ -12181,8 +12380,9 @@ class Tally:
         road = self._road
         self._begun = True
         self.model, self.usage = start.model, start.usage
+        said = start.usage if start.usage is not None and start.usage.input else self._expected or start.usage
         return ReplyStart(client_id(road.plan.dialect, start.id, road.exchange.trace_id), start.model or road.plan.model,
-                          start.created_at or road.exchange.started_ms // 1000, start.usage)
+                          start.created_at or road.exchange.started_ms // 1000, said)
 
     def _ended(self, end: Any) -> Event:
         if type(end) is ReplyStop:
@@ -12221,11 +12421,12 @@ class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, machine_id: str, watch: Watch,
-                 estimator: TokenEstimator, approve: Optional[Callable[[str], bool]] = None) -> None:
+                 estimator: TokenEstimator, prompts: PromptCounter, approve: Optional[Callable[[str], bool]] = None) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
         self._estimator = estimator
+        self._prompts = prompts
         self._machine_id = machine_id
         self._watch = watch
         self._approve = approve
@@ -12250,7 +12451,9 @@ class Gateway:
         quirks = quirks_for(plan)
         if plan.road == "translated":
             wire = self._translated(plan, request, quirks)
-            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection, self._cutter(plan, request))
+            expected = partial(self._prompts.count, request, plan.model, self._settings()["claudeTokenMultiplier"])
+            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection,
+                                        self._cutter(plan, request), expected)
         else:
             if dialect == CHAT and needs_state(plan.model):
                 road = RememberingRoad(plan, quirks, inbound, line, exchange, self._watch, self._recollection)
@@ -12262,6 +12465,8 @@ class Gateway:
         try:
             self._permit(plan, line.stopper)
             self._repeated(partial(self._send_and_relay, plan, wire, road, inbound, line, exchange), line, exchange)
+            if exchange.outcome == "ok" and exchange.usage is not None:  # the client has its answer
+                self._prompts.learn(request, plan.model, exchange.usage.input)
         except ProxyError as error:
             if not line.settle():
                 raise
@@ -12424,11 +12629,11 @@ class TokenCounter:
     """POST /v1/messages/count_tokens: Anthropic's count with a key, else upstream's own, else our estimate."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, upstream: Upstream,
-                 accounts: Accounts, watch: Watch, log: Log, estimator: TokenEstimator) -> None:
+                 accounts: Accounts, watch: Watch, log: Log, prompts: PromptCounter) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
-        self._estimator = estimator
+        self._prompts = prompts
         self._upstream = upstream
         self._accounts = accounts
         self._watch = watch
@@ -12448,7 +12653,7 @@ class TokenCounter:
             count = self._at_copilot(plan, body, inbound, line.stopper, exchange)
         value: Json = {"input_tokens": count}
         if count is None:
-            value = {"input_tokens": count_request(self._estimator, request, plan.model), "estimated": True}
+            value = {"input_tokens": self._estimate(request, plan), "estimated": True}
         send_whole(self._watch, line, exchange, dump_json(value), model_headers(plan, inbound, {}))
 
     def count_gemini(self, model: str, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
@@ -12456,8 +12661,11 @@ class TokenCounter:
         body = gemini_countable(want_object(parse_json(inbound.body), "the request body"))
         request = CODECS[GEMINI].decode_request({**body, "model": model})
         plan, _ = self._planned(GEMINI, model, line, exchange)
-        total = count_request(self._estimator, request, plan.model)
+        total = self._estimate(request, plan)
         send_whole(self._watch, line, exchange, dump_json({"totalTokens": total}), model_headers(plan, inbound, {}))
+
+    def _estimate(self, request: Request, plan: Plan) -> int:
+        return self._prompts.count(request, plan.model, self._settings()["claudeTokenMultiplier"])
 
     def _planned(self, dialect: str, model: str, line: ClientLine, exchange: Exchange) -> Tuple[Plan, bool]:
         """(plan, whether upstream counts for the model)."""
@@ -13701,12 +13909,13 @@ def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0,
     planner = Planner(settings, models, provider)
     sender = Sender(settings, provider, setup.log, unit_s)
     estimator = TokenEstimator()
+    prompts = PromptCounter(estimator, Calibration())
     return App(
         settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
         provider=provider, models=models,
-        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, ask_operator),
+        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, prompts, ask_operator),
         embeddings=Embeddings(planner, sender, watch),
-        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, estimator),
+        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, prompts),
         ledger=Ledger(settings()["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
         device_page=device_page)
 
