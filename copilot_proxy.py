@@ -2906,22 +2906,23 @@ class ChatReader:
 
     def _identify(self, chunk: Json) -> None:
         """Id, model and usage, which may come late, in pieces, or again and again (Gemini, with zeros until the end)."""
+        if chunk.get("usage"):
+            usage = chat_usage(chunk["usage"], {})
+            self._usage = usage if usage is not None and (usage.total or self._usage is None) else self._usage
         if not self._started:
             self._id = self._id or text_or_none(chunk.get("id")) or ""
             self._model = self._model or text_or_none(chunk.get("model")) or ""
             self._created = self._created or count_or_zero(chunk, "created")
             if self._id and self._model:
                 self._start()
-        if chunk.get("usage"):
-            usage = chat_usage(chunk["usage"], {})
-            self._usage = usage if usage is not None and (usage.total or self._usage is None) else self._usage
         if "copilot_usage" in chunk:
             self._billed = billed_nano(chunk) or self._billed
 
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._events.append(ReplyStart(self._id, self._model, self._created))
+            said = self._usage if self._usage is not None and self._usage.input else None
+            self._events.append(ReplyStart(self._id, self._model, self._created, said))
 
     def end(self) -> List[Event]:
         """What is left at the end of the input: the stop, if upstream said why; a cut is not ours to mend."""

@@ -8462,6 +8462,233 @@ class FramingTokensTest(unittest.TestCase):
         self.assertAlmostEqual(texts + cp.framing_tokens("claude-opus-4.6", messages=1), 14, delta=2)
 
 
+def measured(model: str, *messages: cp.Message, **fields: Any) -> Tuple[int, int]:
+    """(text, media) tokens of a request."""
+    return cp.measure_request(cp.TokenEstimator(), cp.Request(model, list(messages), **fields), model)
+
+
+class MeasuredRequestTest(unittest.TestCase):
+    WORDS = "Please read the file and explain what the function returns before you change anything. " * 9
+    ASKED, CALLED = user("hi"), cp.Message("assistant", [cp.ToolCall("c", "read_file", '{"path":"a"}')])
+    TOOL = cp.Tool("read_file", WORDS, {"type": "object", "properties": {"path": {"type": "string"}}})
+    PICTURE = base64.b64encode(png_header(1024, 1024) + bytes(90_000)).decode()
+    PDF = base64.b64encode(DocumentTokensTest.PDF + bytes(90_000)).decode()
+
+    def grown(self, model: str, *messages: cp.Message, **fields: Any) -> Tuple[int, int]:
+        """By how much (text, media) a request is larger than one of a word."""
+        bare, whole = measured(model, self.ASKED), measured(model, self.ASKED, *messages, **fields)
+        return whole[0] - bare[0], whole[1] - bare[1]
+
+    def result(self, *content: Any) -> List[cp.Message]:
+        return [self.CALLED, cp.Message("user", [cp.ToolResult("c", list(content))])]
+
+    def test_every_text_of_a_request_counts(self):
+        words = cp.TokenEstimator().text(self.WORDS)
+        for label, messages, fields in (
+            ("system", [system(self.WORDS)], {}), ("user", [user(self.WORDS)], {}), ("answer", [assistant(self.WORDS)], {}),
+            ("result", self.result(cp.Text(self.WORDS)), {}), ("tool", [], {"tools": [self.TOOL]}),
+            ("refusal", [cp.Message("assistant", [cp.Refusal(self.WORDS)])], {}),
+            ("arguments", [cp.Message("assistant", [cp.ToolCall("c", "f", json.dumps({"text": self.WORDS}))])], {}),
+            ("grammar", [], {"tools": [cp.Tool("patch", kind="custom", grammar={"definition": self.WORDS})]}),
+            ("structure", [], {"output": cp.OutputFormat({"type": "object", "description": self.WORDS})}),
+            ("document of text", [cp.Message("user", [cp.File("text/plain", text=self.WORDS)])], {}),
+            ("text in base64", [cp.Message("user", [cp.File("text/plain", base64.b64encode(self.WORDS.encode()).decode())])], {}),
+            ("block of one dialect", [cp.Message("user", [cp.Opaque("document", {"source": {"type": "content", "content": [{"type": "text", "text": self.WORDS}]}})])], {}),
+            ("summary", [cp.Message("user", [cp.Compaction(summary=self.WORDS)])], {}),
+        ):
+            with self.subTest(label):
+                text, media = self.grown("gpt-5", *messages, **fields)
+                self.assertTrue(words * 0.75 <= text <= words * 1.1 + 45, (text, words))
+                self.assertEqual(media, 0)
+
+    def test_pictures_and_documents_count_by_their_rules_wherever_they_stand(self):
+        image, pdf = cp.Image("image/png", self.PICTURE), cp.File("application/pdf", self.PDF)
+        raw = {"source": {"content": [{"type": "image", "source": {"type": "base64", "data": self.PICTURE}}]}}
+        for model in ("gpt-4o", "claude-opus-4.6", "claude-opus-4.8", "gemini-3-pro"):
+            picture, pages = cp.image_tokens(model, (1024, 1024)), cp.document_tokens(model, DocumentTokensTest.PDF)
+            for label, messages, tokens in (
+                ("picture", [cp.Message("user", [image])], picture), ("picture in a result", self.result(image, image), 2 * picture),
+                ("picture in a block of one dialect", [cp.Message("user", [cp.Opaque("document", raw)])], picture),
+                ("address of a picture", [cp.Message("user", [cp.Image(url="https://example.com/a.png")])], cp.image_tokens(model, None)),
+                ("PDF", [cp.Message("user", [pdf])], pages), ("PDF in a result", self.result(pdf), pages),
+                ("address of a PDF", [cp.Message("user", [cp.File(url="https://example.com/a.pdf")])], cp.document_tokens(model, b"")),
+            ):
+                with self.subTest(f"{label} for {model}"):
+                    text, media = self.grown(model, *messages)
+                    self.assertEqual(media, tokens)
+                    self.assertLess(text, 80)
+
+    def test_what_cannot_be_read_is_never_estimated_as_text(self):
+        blob = base64.b64encode(bytes(range(256)) * 1200).decode()
+        for label, block, most in (
+            ("sound", cp.File("audio/mp3", blob), 1000), ("sound of Chat", cp.Opaque("input_audio", {"input_audio": {"data": blob, "format": "mp3"}}), 1000),
+            ("search result", cp.Opaque("web_search_tool_result", {"content": [{"encrypted_content": blob}]}), len(blob) // 6),
+            ("sealed conversation", cp.Compaction(sealed=blob), len(blob) // 6), ("a table", cp.File("application/vnd.ms-excel", blob), 307_200 // 8),
+        ):
+            with self.subTest(label):
+                text, media = self.grown("gpt-5", cp.Message("user", [block]))
+                self.assertTrue(0 < media <= most + 1, media)
+                self.assertLess(text, 20)
+
+    def test_a_deferred_tool_counts_once_it_is_found(self):
+        hidden, search = replace(self.TOOL, deferred=True), cp.Tool("tool_search_tool_regex", kind="server")
+        found = self.result(cp.ToolReference("read_file"))
+        words = cp.TokenEstimator().text(self.WORDS, "claude3")
+        for label, model, tools, messages, counted in (
+            ("not found", "claude-opus-4.6", [hidden, search], self.result(), False), ("found", "claude-opus-4.6", [hidden, search], found, True),
+            ("nothing can find it", "claude-opus-4.6", [hidden], self.result(), True), ("not deferred", "claude-opus-4.6", [self.TOOL, search], self.result(), True),
+            ("another's search", "gpt-5", [hidden, search], self.result(), True),
+            ("its own search", "gpt-5", [hidden, cp.Tool("tool_search", kind="search")], self.result(), False),
+        ):
+            with self.subTest(label):
+                text = self.grown(model, *messages, tools=tools)[0] - self.grown(model, *messages, tools=tools[1:] or [search])[0]
+                self.assertEqual(text > words * 0.6, counted, text)
+
+    def test_a_nested_value_of_any_depth_is_read(self):
+        value: Any = self.WORDS
+        for _ in range(5000):
+            value = {"a": [value]}
+        self.assertGreater(self.grown("gpt-5", cp.Message("user", [cp.Opaque("x", value)]))[0], 100)
+
+
+class CountedThinkingTest(unittest.TestCase):
+    THOUGHT = "First I look at the file, then at the tests, and only then do I decide what to change. " * 20
+    SEALED = "A1b2" * 300
+
+    def tokens(self, model: str, where: str, block: cp.Thinking, **extra: Any) -> int:
+        """By how much a thinking block in an earlier turn, or in the running tool loop, raises the count."""
+        def session(*thinking: cp.Block) -> List[cp.Message]:
+            call = [cp.ToolCall("c", "f", "{}")]
+            earlier, later = (thinking, ()) if where == "earlier" else ((), thinking)
+            return [user("a"), cp.Message("assistant", [*earlier, cp.Text("b")]), user("c"), cp.Message("assistant", [*later, *call]),
+                    cp.Message("user", [cp.ToolResult("c", [cp.Text("d")]), cp.Text("<system-reminder>e</system-reminder>")])]
+        return measured(model, *session(block), extra=extra or None)[0] - measured(model, *session(), extra=extra or None)[0]
+
+    def test_earlier_thinking_counts_where_upstream_keeps_it(self):
+        for model, kept in (("claude-sonnet-4", False), ("claude-sonnet-4.5", False), ("claude-haiku-4.5", False), ("claude-opus-4.1", False),
+                            ("claude-opus-4.5", True), ("claude-opus-4-5-20251101", True), ("claude-opus-4.6", True), ("claude-sonnet-4.6", True),
+                            ("claude-sonnet-5", True), ("claude-opus-4.8", True), ("gpt-5.4", False), ("gemini-3-pro", False)):
+            with self.subTest(model):
+                text = cp.TokenEstimator().text(self.THOUGHT, cp.token_family(model))
+                self.assertAlmostEqual(self.tokens(model, "earlier", cp.Thinking(self.THOUGHT)), text * kept, delta=3)
+                self.assertAlmostEqual(self.tokens(model, "loop", cp.Thinking(self.THOUGHT)), text, delta=3)
+
+    def test_a_client_may_say_what_is_kept(self):
+        text = cp.TokenEstimator().text(self.THOUGHT, "claude3")
+        for model, keep, kept in (("claude-sonnet-4.5", "all", True), ("claude-opus-4.6", {"type": "thinking_turns", "value": 1}, True),
+                                  ("claude-sonnet-4", {"type": "thinking_turns", "value": 3}, True), ("claude-opus-4.6", {"type": "thinking_turns", "value": 0}, False),
+                                  ("claude-sonnet-4", None, True)):
+            with self.subTest(f"{model} {keep}"):
+                said = {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": keep}]}}
+                self.assertAlmostEqual(self.tokens(model, "earlier", cp.Thinking(self.THOUGHT), **said), text * kept, delta=3)
+
+    def test_turns_before_the_kept_ones_do_not_count(self):
+        said = {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 1}}]}}
+        turns = [cp.Message("assistant", [cp.Thinking(self.THOUGHT), cp.Text("b")]), user("c")]
+        one, two = (measured("claude-opus-4.6", user("a"), *turns * count, extra=said)[0] for count in (1, 2))
+        self.assertLess(two - one, 30)
+
+    def test_only_what_the_model_reads_counts(self):
+        for model, block, tokens in (
+            ("claude-opus-4.6", cp.Thinking(redacted=self.SEALED), 200), ("gpt-5.4", cp.Thinking(self.THOUGHT, self.SEALED), 200),
+            ("gpt-5.4", cp.Thinking("", self.SEALED), 200), ("claude-opus-4.8", cp.Thinking("", self.SEALED), 200),
+            ("claude-opus-4.6", cp.Thinking(self.THOUGHT, self.SEALED), cp.TokenEstimator().text(self.THOUGHT, "claude3")),
+        ):
+            with self.subTest(f"{model} {block.text[:9]!r}"):
+                self.assertAlmostEqual(self.tokens(model, "loop", block), tokens, delta=3)
+
+    def test_edits_that_make_no_sense_change_nothing(self):
+        for value in (None, 5, {}, {"edits": None}, {"edits": [5, {}, {"type": 7}]}, [{"type": "compaction"}]):
+            with self.subTest(value=value):
+                self.assertGreater(self.tokens("claude-opus-4.6", "earlier", cp.Thinking(self.THOUGHT), context_management=value), 100)
+
+
+class CalibrationTest(unittest.TestCase):
+    TOP = 1 + cp.Calibration.MARGIN
+
+    def taught(self, *answers: Tuple[int, int], model: str = "m") -> cp.Calibration:
+        """A calibration that has seen (estimated, actual) pairs."""
+        calibration = cp.Calibration()
+        for estimated, actual in answers:
+            calibration.learn(model, estimated, actual)
+        return calibration
+
+    def test_the_first_answer_is_believed_and_only_of_its_model(self):
+        calibration = self.taught((10_000, 12_000), model="claude-opus-4.8")
+        self.assertAlmostEqual(calibration.factor("claude-opus-4.8"), 1.2 * self.TOP)
+        self.assertEqual([calibration.apply(model, 1000) for model in ("gpt-5", "claude-opus-4.7")], [1000, 1000])
+
+    def test_five_answers_bring_any_ratio_to_its_place(self):
+        rng = random.Random(4)
+        for ratio in (0.62, 0.8, 1.0, 1.2, 1.5, 1.78):
+            calibration = self.taught(*((size, round(size * ratio * rng.uniform(0.985, 1.015))) for size in range(3000, 90_000, 17_400)))
+            with self.subTest(ratio):
+                self.assertTrue(1 <= calibration.apply("m", 100_000) / (100_000 * ratio) <= 1.1)
+
+    def test_a_new_tokenizer_is_learned_and_the_old_one_forgotten(self):
+        calibration = self.taught(*[(50_000, 50_000)] * 30, *[(50_000, 75_000)] * 12)
+        self.assertAlmostEqual(calibration.factor("m"), 1.5 * self.TOP, delta=0.02)
+
+    def test_small_answers_teach_nothing_and_wild_ones_no_more_than_the_bounds(self):
+        self.assertEqual(self.taught((500, 900), (900, 500), (0, 0), (400, 90_000), (90_000, 1)).factor("m"), 1.0)
+        self.assertAlmostEqual(self.taught(*[(1000, 90_000)] * 50).factor("m"), 1.8 * self.TOP)
+        self.assertAlmostEqual(self.taught(*[(90_000, 1000)] * 50).factor("m"), 0.6 * self.TOP)
+
+    def test_side_requests_do_not_move_the_count_of_a_session(self):
+        calibration = self.taught(*[(120_000, 144_000), (600, 900), (600, 330)] * 9)
+        self.assertAlmostEqual(calibration.factor("m"), 1.2 * self.TOP, delta=0.01)
+
+    def test_counts_are_rounded_up(self):
+        calibration = self.taught((10_000, 10_001))
+        for estimated in (1, 7, 999, 123_457):
+            self.assertGreaterEqual(calibration.apply("m", estimated), estimated * calibration.factor("m"))
+
+    def test_invented_model_names_do_not_fill_the_memory(self):
+        calibration = cp.Calibration()
+        for index in range(3000):
+            calibration.learn(f"model-{index}", 1000, 1100)
+        self.assertLessEqual(len(calibration._learned), cp.Calibration.MAX_MODELS)
+
+
+class PromptCounterTest(unittest.TestCase):
+    LONG = user("Read the file, run the tests, and tell me what is wrong with them. " * 200)
+
+    def setUp(self) -> None:
+        self.counter = cp.PromptCounter(cp.TokenEstimator(), cp.Calibration())
+
+    def test_only_requests_whose_texts_are_all_there_is_teach(self):
+        picture, sealed = cp.Image("image/png", "AAAA"), cp.Compaction(sealed="A1b2" * 9)
+        for label, request, teaches in (
+            ("text", ask(self.LONG), True), ("tools", ask(self.LONG, tools=[cp.Tool("f")]), True), ("a small one", ask(user("hi")), False),
+            ("picture", ask(self.LONG, cp.Message("user", [picture])), False),
+            ("picture in a result", ask(self.LONG, cp.Message("user", [cp.ToolResult("c", [picture])])), False),
+            ("address of a file", ask(self.LONG, cp.Message("user", [cp.File(url="https://example.com/a.pdf")])), False),
+            ("file by its id", ask(self.LONG, cp.Message("user", [cp.File(file_id="file_1")])), False),
+            ("sealed history", ask(self.LONG, cp.Message("user", [sealed])), False),
+            ("history upstream", ask(self.LONG, extra={"previous_response_id": "resp_1"}), False),
+            ("upstream's own tool", ask(self.LONG, tools=[cp.Tool("web_search", kind="server")]), False),
+        ):
+            with self.subTest(label):
+                self.setUp()
+                before = self.counter.count(ask(self.LONG), "m")
+                self.counter.learn(request, "m", before * 3 // 2 if label != "a small one" else 501)
+                self.assertEqual(self.counter.count(ask(self.LONG), "m") != before, teaches)
+
+    def test_pictures_keep_their_rule_when_texts_are_corrected(self):
+        picture = cp.Message("user", [cp.Image("image/png", MeasuredRequestTest.PICTURE)])
+        self.counter.learn(ask(self.LONG), "gpt-4o", 4500)
+        self.assertGreater(self.counter.count(ask(self.LONG), "gpt-4o"), 4500)
+        self.assertAlmostEqual(self.counter.count(ask(self.LONG, picture), "gpt-4o") - self.counter.count(ask(self.LONG), "gpt-4o"), 765, delta=8)
+
+    def test_an_operators_multiplier_is_o200k_times_the_number_for_claude_only(self):
+        plain = cp.TokenEstimator().text(self.LONG.content[0].text)
+        self.counter.learn(ask(self.LONG), "claude-opus-4.6", plain * 2)
+        self.counter.learn(ask(self.LONG), "gpt-5", plain)
+        for number in (1.15, 2):
+            self.assertAlmostEqual(self.counter.count(ask(self.LONG), "claude-opus-4.6", number), plain * number + 7, delta=1)
+        self.assertEqual(self.counter.count(ask(self.LONG), "gpt-5", 2), self.counter.count(ask(self.LONG), "gpt-5"))
+
+
 ###############################################################################
 #                                   Catalog                                   #
 ###############################################################################
