@@ -14741,6 +14741,104 @@ class ServerExactCounting(ServerCase):
         self.assertNotIn(self.ANTHROPIC_KEY, self.gateway.log_text)
 
 
+class ServerPromptSizes(RelayCase):
+    """What clients are told of a prompt's size before, and in place of, what upstream bills."""
+
+    TRANSLATED = ((cp.CHAT, "gpt-4o"), (cp.RESPONSES, "gpt-5.4"))
+    TEXT = "Read the file, run the tests, and tell me what is wrong with them. "
+
+    def told(self, dialect: str, frames: Sequence[bytes], **changes: Any) -> List[Json]:
+        """The events a Messages client gets for upstream's frames."""
+        self.upstream.answer(UPSTREAM_PATHS[dialect], stream(*frames))
+        answer = self.post(*asking(cp.MESSAGES, stream=True, **changes))
+        self.assertEqual(answer.status, 200, answer.text)
+        self.answered = answer
+        return [data for _, data in answer.events]
+
+    def frames(self, dialect: str) -> List[bytes]:
+        """A stream that tells its usage at the end only."""
+        frames = script(dialect)
+        return [chat_frame({"role": "assistant", "content": ""}), *frames[1:]] if dialect == cp.CHAT else frames
+
+    def count(self, model: str, messages: List[Json], **changes: Any) -> int:
+        return self.post(COUNT_ROUTE, {"model": model, "messages": messages, **changes}).json["input_tokens"]
+
+    def test_a_messages_client_reads_the_estimate_first_and_the_truth_last(self):
+        messages, tools = [{"role": "user", "content": self.TEXT * 300}], [{"name": "f", "description": self.TEXT * 20, "input_schema": {"type": "object"}}]
+        for dialect, model in self.TRANSLATED:
+            with self.subTest(dialect):
+                counted = self.count(model, messages, tools=tools)
+                events = self.told(dialect, self.frames(dialect), model=model, messages=messages, tools=tools)
+                self.assertGreater(counted, 4000)
+                self.assertEqual(counted, events[0]["message"]["usage"]["input_tokens"])
+                self.assertEqual([11], [event["usage"]["input_tokens"] for event in events if event["type"] == "message_delta"])
+                self.assertEqual(11, self.row(self.answered, "token_usage_events")["input_tokens"])
+
+    def test_what_upstream_says_first_stays(self):
+        created = script(cp.RESPONSES)
+        created[0] = created[0].replace(b'"error":null', b'"error":null,"usage":{"input_tokens":11,"output_tokens":0,"total_tokens":11}')
+        for dialect, model, frames in ((cp.CHAT, "gpt-4o", script(cp.CHAT)), (cp.RESPONSES, "gpt-5.4", created)):
+            with self.subTest(dialect):
+                self.assertEqual(11, self.told(dialect, frames, model=model)[0]["message"]["usage"]["input_tokens"])
+
+    def test_other_clients_are_told_nothing_invented(self):
+        for path, body in ((GEMINI_STREAM_PATH.format("gpt-4o"), LIVE_BODIES["gemini"]), asking(cp.RESPONSES, model="gpt-4o", stream=True)):
+            with self.subTest(path):
+                frames = [frame for frame in self.frames(cp.CHAT) if b'"usage"' not in frame]
+                self.upstream.answer(CHAT_PATH, stream(*frames))
+                answer = self.post(path, body)
+                self.assertEqual(set(), {int(number) for number in re.findall(r'"(?:input_tokens|promptTokenCount)": ?(\d+)', answer.text)} - {0})
+
+    def test_a_whole_answer_without_usage_keeps_lacking_it(self):
+        for dialect, model in self.TRANSLATED:
+            with self.subTest(dialect):
+                body = {name: value for name, value in json.loads(WHOLES[dialect]).items() if name != "usage"}
+                self.upstream.answer(UPSTREAM_PATHS[dialect], reply(200, body))
+                answer = self.post(*asking(cp.MESSAGES, model=model))
+                self.assertEqual(0, answer.json["usage"]["input_tokens"])
+                self.assertNotIn("x-copilot-api-usage", answer.headers)
+
+    def test_counts_follow_the_bill_of_a_growing_session(self):
+        """user-pains 4.2 (b): after five turns between +0 and +10 % of what is billed, on both roads and in both dialects."""
+        for model, dialect, client, ratio in (("gpt-4o", cp.CHAT, cp.MESSAGES, 1.0), ("gpt-4o-mini", cp.CHAT, cp.CHAT, 1.35), ("gpt-5.4", cp.RESPONSES, cp.MESSAGES, 0.8),
+                                              ("gemini-2.5-pro", cp.CHAT, cp.CHAT, 1.6)):
+            rng, messages, billed = random.Random(model), [], 150
+            for turn in range(14):
+                texts = rng.choices(COUNTED_TEXTS, k=rng.randrange(4, 9))
+                messages += [{"role": "user", "content": "\n".join(text for _, _, text in texts)}, {"role": "assistant", "content": "I see."}]
+                billed += round(sum(true for _, true, _ in texts) * ratio) + 15
+                asked = [*messages, {"role": "user", "content": "go on"}]
+                if turn >= 5:
+                    for counted in self.counts(model, asked):
+                        with self.subTest(f"{model} from {client}", turn=turn):
+                            self.assertTrue(1 <= counted / billed <= 1.1, counted / billed)
+                self.upstream.answer(UPSTREAM_PATHS[dialect], reply(200, self.bill(dialect, billed)))
+                self.row(self.post(*asking(client, model=model, messages=asked)))  # recorded: what it teaches is learned
+
+    def counts(self, model: str, messages: List[Json]) -> List[int]:
+        """What count_tokens and both forms of countTokens say."""
+        gemini = {"contents": [{"role": {"assistant": "model"}.get(message["role"], "user"), "parts": [{"text": message["content"]}]} for message in messages]}
+        bodies = (gemini, {"generateContentRequest": {"model": f"models/{model}", **gemini}})
+        return [self.count(model, messages), *[self.post(f"/v1beta/models/{model}:countTokens", body).json["totalTokens"] for body in bodies]]
+
+    @staticmethod
+    def bill(dialect: str, tokens: int) -> Json:
+        """A whole answer that says so many input tokens."""
+        names = ("prompt_tokens", "completion_tokens") if dialect == cp.CHAT else ("input_tokens", "output_tokens")
+        return {**json.loads(WHOLES[dialect]), "usage": {**dict(zip(names, (tokens, 5))), "total_tokens": tokens + 5}}
+
+    def test_the_operators_multiplier(self):
+        messages = [{"role": "user", "content": self.TEXT * 300}]
+        plain = cp.TokenEstimator().text(self.TEXT * 300, exact=True)
+        gateway = self.start(config={**QUICK, "claudeTokenMultiplier": 1.5})
+        for model, tokens in (("claude-opus-4.6", plain * 1.5), ("gpt-4o", plain)):
+            with self.subTest(model):
+                self.upstream.answer(COUNT_PATH, reply(500, "x"))
+                counted = self.ask("POST", COUNT_ROUTE, {"model": model, "messages": messages}, gateway=gateway).json["input_tokens"]
+                self.assertAlmostEqual(counted, tokens, delta=10)
+                self.upstream.scripts[COUNT_PATH].clear()
+
+
 # ---- usage, health ----------------------------------------------------------
 
 
@@ -17442,6 +17540,20 @@ def paced_p99_ms(streams: int, per_second: int) -> Callable[[Bench, Subject], Op
     return lambda bench, subject: paced(bench, subject, streams, per_second).p99_ms
 
 
+def count_ms(client: str) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds that counting a request of 200,000 tokens takes, its reading included, in this process."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        body = cp.CODECS[client].encode_request(agent_request(540_000))
+        counter = cp.PromptCounter(cp.TokenEstimator(), cp.Calibration())
+
+        def once() -> float:
+            begun = time.process_time()
+            counter.count(cp.CODECS[client].decode_request({**body, "model": "claude-opus-4.8"}), "claude-opus-4.8")
+            return (time.process_time() - begun) * 1000
+        return statistics.median(once() for _ in range(5 if bench.quick else 25))
+    return measure
+
+
 class Measure(NamedTuple):
     """`target` is the most the gateway may take, `ratio` the most compared with nginx; `compared`: nginx and peers run too."""
     name: str
@@ -17479,6 +17591,7 @@ MEASURES = list(itertools.starmap(Measure, [
        full_speed_us(BENCH_CLIENTS[client], 1, BENCH_ONLY[BENCH_CLIENTS[upstream]])) for client, upstream in BENCH_PAIRS],
     *[(f"{client} client -> {upstream}, 200k request", "ms", 20, None, False,
        request_ms(BENCH_DIALECTS[client], BENCH_DIALECTS[upstream])) for client, upstream in BENCH_PAIRS],
+    *[(f"count of a {client} client's 200k request", "ms", 15, None, False, count_ms(BENCH_DIALECTS[client])) for client in ("Messages", "Gemini")],
 ]))
 
 
