@@ -8598,7 +8598,7 @@ class CountedThinkingTest(unittest.TestCase):
                 self.assertAlmostEqual(self.tokens(model, "loop", block), tokens, delta=3)
 
     def test_edits_that_make_no_sense_change_nothing(self):
-        for value in (None, 5, {}, {"edits": None}, {"edits": [5, {}, {"type": 7}]}, [{"type": "compaction"}]):
+        for value in (None, 5, {}, {"edits": None}, {"edits": 7}, {"edits": [5, {}, {"type": 7}]}, [{"type": "compaction"}]):
             with self.subTest(value=value):
                 self.assertGreater(self.tokens("claude-opus-4.6", "earlier", cp.Thinking(self.THOUGHT), context_management=value), 100)
 
@@ -14773,6 +14773,14 @@ class ServerPromptSizes(RelayCase):
                 self.assertEqual(counted, events[0]["message"]["usage"]["input_tokens"])
                 self.assertEqual([11], [event["usage"]["input_tokens"] for event in events if event["type"] == "message_delta"])
                 self.assertEqual(11, self.row(self.answered, "token_usage_events")["input_tokens"])
+
+    def test_an_estimate_is_neither_recorded_nor_learned_from(self):
+        messages = [{"role": "user", "content": self.TEXT * 300}]
+        counted = self.count("gpt-4o", messages)
+        events = self.told(cp.CHAT, [frame for frame in self.frames(cp.CHAT) if b'"usage"' not in frame], model="gpt-4o", messages=messages)
+        self.assertEqual(counted, events[0]["message"]["usage"]["input_tokens"])
+        self.assertEqual(0, self.row(self.answered)["input_tokens"])
+        self.assertEqual(counted, self.count("gpt-4o", messages))
 
     def test_what_upstream_says_first_stays(self):
         created = script(cp.RESPONSES)
