@@ -7484,9 +7484,9 @@ def first_thinking(request: Request, model: str) -> int:
     since = next((since for word, since in KEEPS_THINKING if word in model), None)
     if "all" in said or not said and since is not None and "claude" in model and model_version(model, "claude") >= since:
         return 0
-    loop = max((index for index, message in enumerate(request.messages)
-                if message.role == "user" and not any(isinstance(block, ToolResult) for block in message.content)), default=0)
-    turns = [index for index, message in enumerate(request.messages) if any(isinstance(block, Thinking) for block in message.content)]
+    holds = [{type(block) for block in message.content} for message in request.messages]
+    loop = max((index for index, message in enumerate(request.messages) if message.role == "user" and ToolResult not in holds[index]), default=0)
+    turns = [index for index, kinds in enumerate(holds) if Thinking in kinds]
     kept = count_or_zero(said[0] or {"value": 1}, "value") if said else 0  # one turn where it does not say
     return min(loop, turns[-min(kept, len(turns))]) if kept and turns else loop
 
@@ -7503,8 +7503,14 @@ def counted_tools(request: Request, model: str) -> str:
     finders = ("search", "server") if "claude" in model else ("search",)
     hides = any(tool.kind in finders and "tool_search" in tool.name for tool in request.tools)
     found = hides and {name for message in request.messages for block in message.content for name in found_tools(block)}
-    return "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or tool.grammar or {}})
-                     .decode("utf-8", "surrogatepass") for tool in request.tools if not (hides and tool.deferred and tool.name not in found))
+    seen = [tool for tool in request.tools if not (hides and tool.deferred and tool.name not in found)]
+    return "\n".join(json_text({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or tool.grammar or {}})
+                     for tool in seen)
+
+
+def json_text(value: Json) -> str:
+    """Compact JSON as the text it is estimated as."""
+    return dump_json(value).decode("utf-8", "surrogatepass")
 
 
 def found_tools(block: Block) -> Iterator[str]:
@@ -7531,7 +7537,7 @@ def measure_request(estimator: TokenEstimator, request: Request, model: str, mul
             if index >= thinks or not isinstance(block, Thinking):
                 parts.add(block)
     if request.output is not None and request.output.schema:
-        parts.texts.append(dump_json(request.output.schema).decode("utf-8", "surrogatepass"))
+        parts.texts.append(json_text(request.output.schema))
     turns = sum(message.role in ("user", "assistant") for message in request.messages)
     names = sum("name" in (message.extra or {}) for message in request.messages) if family == "o200k" else 0
     forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
@@ -7863,6 +7869,11 @@ def without_pdfs(blocks: Sequence[Block]) -> List[Block]:
             block = Text(PDF_NOTE.format(block.name or "document.pdf"))
         kept.append(block)
     return kept
+
+
+def request_without_pdfs(request: Request) -> Request:
+    """The same for a whole request."""
+    return replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
 
 
 # ---- names nobody has -------------------------------------------------------
@@ -11992,7 +12003,9 @@ class Planner:
         if catalogue is None or found is None:
             return False
         plan.model = found[0]
-        return MESSAGES in self._served(catalogue.records[plan.model])
+        served = self._served(catalogue.records[plan.model])
+        plan.upstream_dialect = next((dialect for dialect in ROUTING[plan.dialect] if dialect in served), MESSAGES)
+        return MESSAGES in served
 
     def _mapped(self, name: str) -> Tuple[str, List[str]]:
         target = map_name(name, *parse_mappings(self._settings()["modelMappings"]))
@@ -12423,6 +12436,13 @@ def says_something(message: Message) -> bool:
     return message.role != "system" and any(not isinstance(block, Text) or block.text.strip() for block in message.content)
 
 
+def expected_input(prompts: PromptCounter, request: Request, plan: Plan, settings: Settings) -> int:
+    """Input tokens that upstream will bill for a client's request, as far as is known before."""
+    if plan.upstream_dialect == CHAT and plan.provider == "copilot":
+        request = request_without_pdfs(request)
+    return prompts.count(request, plan.model, settings["claudeTokenMultiplier"])
+
+
 class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
@@ -12457,7 +12477,7 @@ class Gateway:
         quirks = quirks_for(plan)
         if plan.road == "translated":
             wire = self._translated(plan, request, quirks)
-            expected = partial(self._prompts.count, request, plan.model, self._settings()["claudeTokenMultiplier"])
+            expected = partial(expected_input, self._prompts, request, plan, self._settings())
             road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection,
                                         self._cutter(plan, request), expected)
         else:
@@ -12493,7 +12513,7 @@ class Gateway:
             session = parse_user_id(request.user)[1] if request.user and request.tools else None
             request = phased(replace(request, cache_key=request.cache_key or session))
         elif plan.upstream_dialect == CHAT and plan.provider == "copilot":
-            request = replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
+            request = request_without_pdfs(request)
         lacking = lacking_powers(plan.record, plan.upstream_dialect)
         flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect, lacking)
         if plan.upstream_dialect == MESSAGES and any(tool.deferred for tool in flat.tools):
@@ -12671,7 +12691,7 @@ class TokenCounter:
         send_whole(self._watch, line, exchange, dump_json({"totalTokens": total}), model_headers(plan, inbound, {}))
 
     def _estimate(self, request: Request, plan: Plan) -> int:
-        return self._prompts.count(request, plan.model, self._settings()["claudeTokenMultiplier"])
+        return expected_input(self._prompts, request, plan, self._settings())
 
     def _planned(self, dialect: str, model: str, line: ClientLine, exchange: Exchange) -> Tuple[Plan, bool]:
         """(plan, whether upstream counts for the model)."""

@@ -14849,6 +14849,14 @@ class ServerPromptSizes(RelayCase):
         names = ("prompt_tokens", "completion_tokens") if dialect == cp.CHAT else ("input_tokens", "output_tokens")
         return {**json.loads(WHOLES[dialect]), "usage": {**dict(zip(names, (tokens, 5))), "total_tokens": tokens + 5}}
 
+    def test_a_document_that_is_left_out_costs_only_its_note(self):
+        pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": MeasuredRequestTest.PDF}}
+        gemini = {"contents": [{"role": "user", "parts": [{"text": "hi"}, {"inlineData": {"mimeType": "application/pdf", "data": MeasuredRequestTest.PDF}}]}]}
+        for model, low, high in (("gpt-4o", 10, 60), ("gpt-5.4", 3 * 2000, 3 * 6000)):
+            for counted in (self.count(model, [{"role": "user", "content": [pdf]}]), self.post(f"/v1beta/models/{model}:countTokens", gemini).json["totalTokens"]):
+                with self.subTest(model):
+                    self.assertTrue(low < counted < high, counted)
+
     def test_the_operators_multiplier(self):
         messages = [{"role": "user", "content": self.TEXT * 300}]
         plain = cp.TokenEstimator().text(self.TEXT * 300, exact=True)
