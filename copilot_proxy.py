@@ -42,7 +42,7 @@ everything is pure: data in, data out, no sockets, files, clock or threads.
     Anthropic Messages  codec of /v1/messages
     Gemini              codec of the generateContent family
     Quirks              one row per named deviation of an upstream
-    Tokens              estimates for text, images, documents and whole requests
+    Tokens              estimates for text, images, documents and whole requests, corrected by what was billed
     Catalog             codecs by dialect, model records, name resolution, planning
     Agents              who is calling and why
     State               directories, settings, atomic files, locks, logs

@@ -8558,6 +8558,18 @@ class MeasuredRequestTest(unittest.TestCase):
                 text = self.grown(model, *messages, tools=tools)[0] - self.grown(model, *messages, tools=tools[1:] or [search])[0]
                 self.assertEqual(text > words * 0.6, counted, text)
 
+    def test_the_framing_knows_calls_names_and_forced_tools(self):
+        hello, named = user("a"), cp.Message("user", [cp.Text("a")], {"name": "bob"})
+        for label, model, grown, tokens in (
+            ("name", "gpt-5", measured("gpt-5", named)[0] - measured("gpt-5", hello)[0], 1),
+            ("name for Claude", "claude-opus-4.6", measured("claude-opus-4.6", named)[0] - measured("claude-opus-4.6", hello)[0], 0),
+            ("forced", "claude-opus-4.6", measured("claude-opus-4.6", hello, tools=[self.TOOL])[0]
+             - measured("claude-opus-4.6", hello, tools=[self.TOOL], tool_choice=cp.ToolChoice("required"))[0], 346 - 313),
+            ("call and result", "claude-opus-4.6", measured("claude-opus-4.6", hello, *self.result())[0] - measured("claude-opus-4.6", hello)[0], 2 * (28 + 4) + 8),
+        ):
+            with self.subTest(label):
+                self.assertAlmostEqual(grown, tokens, delta=4 if label == "call and result" else 0)
+
     def test_a_nested_value_of_any_depth_is_read(self):
         value: Any = self.WORDS
         for _ in range(5000):
