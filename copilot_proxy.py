@@ -42,7 +42,7 @@ everything is pure: data in, data out, no sockets, files, clock or threads.
     Anthropic Messages  codec of /v1/messages
     Gemini              codec of the generateContent family
     Quirks              one row per named deviation of an upstream
-    Tokens              estimates for text, images, documents and whole requests
+    Tokens              estimates for text, images, documents and whole requests, corrected by what was billed
     Catalog             codecs by dialect, model records, name resolution, planning
     Agents              who is calling and why
     State               directories, settings, atomic files, locks, logs
@@ -2991,22 +2991,23 @@ class ChatReader:
 
     def _identify(self, chunk: Json) -> None:
         """Id, model and usage, which may come late, in pieces, or again and again (Gemini, with zeros until the end)."""
+        if chunk.get("usage"):
+            usage = chat_usage(chunk["usage"], {})
+            self._usage = usage if usage is not None and (usage.total or self._usage is None) else self._usage
         if not self._started:
             self._id = self._id or text_or_none(chunk.get("id")) or ""
             self._model = self._model or text_or_none(chunk.get("model")) or ""
             self._created = self._created or count_or_zero(chunk, "created")
             if self._id and self._model:
                 self._start()
-        if chunk.get("usage"):
-            usage = chat_usage(chunk["usage"], {})
-            self._usage = usage if usage is not None and (usage.total or self._usage is None) else self._usage
         if "copilot_usage" in chunk:
             self._billed = billed_nano(chunk) or self._billed
 
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._events.append(ReplyStart(self._id, self._model, self._created))
+            said = self._usage if self._usage is not None and self._usage.input else None
+            self._events.append(ReplyStart(self._id, self._model, self._created, said))
 
     def end(self) -> List[Event]:
         """What is left at the end of the input: the stop, if upstream said why; a cut is not ours to mend."""
@@ -9078,6 +9079,9 @@ def heed(body: Json, lessons: Iterable[Lesson], plan: Plan) -> bool:
 WINDOW_CHARS = 16384
 # Many short slices beat few long ones: one odd region weighs little. A word cut by a slice's edge counts twice.
 SLICE_CHARS, SLICE_EDGE_TOKENS = 128, 0.6
+# Of a long text a sixteenth is read, at least this much (mean extra error 2 %); of a whole request, whose count a client
+# acts on and which may be of any length, so much (1.2 %).
+SAMPLE_CHARS, REQUEST_SAMPLE_CHARS = 8192, 32768
 # Bounds of what one family remembers: under 20 MB for hostile text too, about 10 MB for real text.
 MEMO_PIECES, MEMO_PIECE_CHARS = 80_000, 24
 
@@ -9306,8 +9310,9 @@ class TokenEstimator:
     def __init__(self) -> None:
         self._families: Dict[str, PieceCosts] = {}
 
-    def text(self, text: str, family: str = "o200k", exact: bool = False) -> int:
-        """Tokens of a text, 0 only for "". Above 16 K characters a sample decides, unless `exact` asks for it all.
+    def text(self, text: str, family: str = "o200k", exact: bool = False, sample: Optional[int] = None) -> int:
+        """Tokens of a text, 0 only for "". Above 16 K characters a sample decides, of `sample` characters if that is said,
+        unless `exact` asks for it all.
 
         Takes any str, lone surrogates included. Join the texts of a request with line feeds and ask once. The full
         pass takes ten times as long; it is for an estimate within 5 % of a limit.
@@ -9318,10 +9323,10 @@ class TokenEstimator:
         size = len(text)
         if size <= WINDOW_CHARS:
             total = costs.total(text, 0, size)
-        elif exact:
+        elif exact or size <= (sample or 0):
             total = sum(costs.total(text, start, end) for start, end in cut_windows(text))
         else:
-            slices = max(WINDOW_CHARS // 2, size // 16) // SLICE_CHARS
+            slices = (sample or max(SAMPLE_CHARS, size // 16)) // SLICE_CHARS
             starts = [index * (size - SLICE_CHARS) // (slices - 1) for index in range(slices)]
             total = sum([costs.total(text, start, start + SLICE_CHARS) for start in starts])
             total = (total - SLICE_EDGE_TOKENS * slices) * size / (slices * SLICE_CHARS)
@@ -9481,39 +9486,238 @@ def document_tokens(model: str, data: bytes) -> int:
 
 # ---- whole requests ---------------------------------------------------------
 
-
-def count_request(estimator: TokenEstimator, request: Request, model: str) -> int:
-    """Input tokens of a request: its texts, tools as compact JSON, pictures by their size, and the framing."""
-    texts: List[str] = []
-    media = calls = 0
-    for message in request.messages:
-        for block in message.content:
-            media += _gather(block, model, texts)
-            calls += isinstance(block, (ToolCall, ToolResult))
-    family = token_family(model)
-    tools = "\n".join(dump_json({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or {}}).decode()
-                      for tool in request.tools)
-    turns = sum(message.role in ("user", "assistant") for message in request.messages)
-    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
-    framing = framing_tokens(model, turns, estimator.text(tools, family), forced, calls)
-    return max(1, estimator.text("\n".join(texts), family) + media + framing)
+# Whose prompts keep the thinking of earlier turns (Anthropic, "Extended thinking", 2026: Opus 4.5 and later, the others
+# after 4.5). Elsewhere only that of the running tool loop is read (the same; OpenAI, "Reasoning models": items since
+# the last user message).
+KEEPS_THINKING = (("opus", (4, 5)), ("claude", (4, 6)))
+# Characters per token of what only upstream can read: encrypted reasoning, redacted thinking (reference 7.2).
+SEALED_CHARS = 6
+# Bytes per token of a file that is no PDF (what Copilot's client reckons), and of sound and pictures that move: 128 kbit/s
+# at Gemini's 32 tokens a second, 1 Mbit/s at its 263.
+FILE_BYTES, MEDIA_BYTES = 8, 500
 
 
-def _gather(block: Block, model: str, texts: List[str]) -> int:
-    """Adds a block's texts to `texts`; gives the tokens of what is no text (never the estimator over base64)."""
-    if isinstance(block, Image):
-        return image_tokens(model, image_size_base64(block.data) if block.data else None, block.detail or "auto")
-    if isinstance(block, File) and block.text is None:
-        return document_tokens(model, decode_base64(block.data)) if block.data else 0
-    if isinstance(block, ToolCall):
-        texts.append(f"{block.name} {block.arguments}")
+class PromptParts:
+    """What a request holds, by the way it is counted. `media`: tokens of pictures, documents and what cannot be read."""
+
+    __slots__ = ("model", "texts", "sealed", "media", "calls")
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.texts: List[str] = []
+        self.sealed = self.media = self.calls = 0
+
+    def add(self, block: Block) -> None:
+        """Takes a block in. The estimator never sees base64."""
+        if isinstance(block, ToolCall):
+            self.calls += 1
+            self.texts.append(f"{block.name} {block.arguments}")
+        elif isinstance(block, ToolResult):
+            self.calls += 1
+            for part in block.content:
+                self.add(part)
+        elif isinstance(block, ToolReference):
+            self.texts.append(block.name)
+        elif isinstance(block, (Text, Refusal)):
+            self.texts.append(block.text)
+        elif isinstance(block, Thinking):
+            self._add_thinking(block)
+        else:
+            self._add_foreign(block)
+
+    def _add_thinking(self, block: Thinking) -> None:
+        """Claude reads the text, and only where there is none what its signature hides; the others what is encrypted."""
+        readable = block.text and "claude" in self.model
+        sealed = block.redacted or (None if readable else block.signature)
+        self.sealed += len(sealed or "") // SEALED_CHARS
+        if not sealed:
+            self.texts.append(block.text)
+
+    def _add_foreign(self, block: Any) -> None:
+        if isinstance(block, Image):
+            self._add_image(block.data or "", block.detail or "auto")
+        elif isinstance(block, File):
+            self._add_file(block)
+        elif isinstance(block, Compaction):
+            self.texts.append(block.summary or "")
+            self.media += len(block.sealed or "") // SEALED_CHARS
+        else:
+            self._add_opaque(block.raw)
+
+    def _add_image(self, data: str, detail: str) -> None:
+        self.media += image_tokens(self.model, image_size_base64(data) if data else None, detail)
+
+    def _add_file(self, file: File) -> None:
+        """A PDF by its pages, one page where only its address is known; plain text as text."""
+        kind, data = file.media_type or "application/pdf", file.data or ""
+        if file.text is not None:
+            self.texts.append(file.text)
+        elif kind == "application/pdf" or not data:
+            self.media += document_tokens(self.model, decode_base64(data))
+        elif kind.startswith("text/"):
+            self.texts.append(decode_base64(data).decode("utf-8", "replace"))
+        else:
+            self.media += len(data) * 3 // 4 // (MEDIA_BYTES if kind.startswith(("audio/", "video/")) else FILE_BYTES)
+
+    def _add_opaque(self, raw: Any) -> None:
+        """The texts inside a block of one dialect only; its payloads as picture, sound or sealed state."""
+        for name, text in strings_of(raw):
+            if name in ("data", "file_data") and image_size_base64(text):
+                self._add_image(text, "auto")
+            elif name in ("data", "file_data"):
+                self.media += 1 + len(text) * 3 // 4 // MEDIA_BYTES
+            elif name in ("encrypted_content", "signature"):
+                self.media += len(text) // SEALED_CHARS
+            elif name != "type":
+                self.texts.append(text)
+
+
+def strings_of(value: Any) -> Iterator[Tuple[str, str]]:
+    """(name of the field, text) of every string in a JSON value, however deep; without names of its own a list's name."""
+    left = [("", value)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += reversed(list(value.items()))
+        elif isinstance(value, list):
+            left += [(name, item) for item in reversed(value)]
+        elif isinstance(value, str):
+            yield name, value
+
+
+def first_thinking(request: Request, model: str) -> int:
+    """The index of the message from which on upstream reads thinking.
+
+    A client may say it itself: `{"edits":[{"type":"clear_thinking_20251015","keep":"all"|{"type":"thinking_turns","value":1}}]}`
+    """
+    said = [edit.get("keep") for edit in want_edits(request) if str(edit.get("type")).startswith("clear_thinking")]
+    since = next((since for word, since in KEEPS_THINKING if word in model), None)
+    if "all" in said or not said and since is not None and "claude" in model and model_version(model, "claude") >= since:
+        return 0
+    holds = [{type(block) for block in message.content} for message in request.messages]
+    loop = max((index for index, message in enumerate(request.messages) if message.role == "user" and ToolResult not in holds[index]), default=0)
+    turns = [index for index, kinds in enumerate(holds) if Thinking in kinds]
+    kept = count_or_zero(said[0] or {"value": 1}, "value") if said else 0  # one turn where it does not say
+    return min(loop, turns[-min(kept, len(turns))]) if kept and turns else loop
+
+
+def want_edits(request: Request) -> List[Json]:
+    """The edits of `context_management` as Messages has it."""
+    management = (request.extra or {}).get("context_management")
+    edits = management.get("edits") if isinstance(management, dict) else None
+    return [edit for edit in edits if isinstance(edit, dict)] if isinstance(edits, list) else []
+
+
+def counted_tools(request: Request, model: str) -> str:
+    """The tools the model sees, as lines of compact JSON. One that a search can load later is seen once it was found."""
+    finders = ("search", "server") if "claude" in model else ("search",)
+    hides = any(tool.kind in finders and "tool_search" in tool.name for tool in request.tools)
+    found = hides and {name for message in request.messages for block in message.content for name in found_tools(block)}
+    seen = [tool for tool in request.tools if not (hides and tool.deferred and tool.name not in found)]
+    return "\n".join(json_text({"name": tool.name, "description": tool.description or "", "input_schema": tool.schema or tool.grammar or {}})
+                     for tool in seen)
+
+
+def json_text(value: Json) -> str:
+    """Compact JSON as the text it is estimated as."""
+    return dump_json(value).decode("utf-8", "surrogatepass")
+
+
+def found_tools(block: Block) -> Iterator[str]:
+    """The names of tools that a block says were found."""
+    if isinstance(block, ToolReference):
+        yield block.name
     elif isinstance(block, ToolResult):
-        return sum(_gather(part, model, texts) for part in block.content)
-    elif isinstance(block, ToolReference):
-        texts.append(block.name)
-    elif isinstance(block, (Text, Thinking, Refusal, File)):
-        texts.append(block.text or "")
-    return 0
+        for part in block.content:
+            yield from found_tools(part)
+    elif isinstance(block, Opaque):
+        yield from (text for name, text in strings_of(block.raw) if name == "tool_name")
+
+
+def measure_request(estimator: TokenEstimator, request: Request, model: str, multiplier: Optional[float] = None) -> Tuple[int, int]:
+    """(tokens of texts, tools and framing; tokens of media) of a request, as upstream will read it.
+
+    `multiplier`: the operator's own factor of o200k for Claude, in place of the family's weights.
+    """
+    model = model.lower()
+    family, scale = ("o200k", multiplier) if multiplier and "claude" in model else (token_family(model), 1.0)
+    parts, thinks = PromptParts(model), first_thinking(request, model)
+    for index, message in enumerate(request.messages):
+        for block in message.content:
+            if index >= thinks or not isinstance(block, Thinking):
+                parts.add(block)
+    if request.output is not None and request.output.schema:
+        parts.texts.append(json_text(request.output.schema))
+    turns = sum(message.role in ("user", "assistant") for message in request.messages)
+    names = sum("name" in (message.extra or {}) for message in request.messages) if family == "o200k" else 0
+    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "tool")
+    tools = round(estimator.text(counted_tools(request, model), family, sample=REQUEST_SAMPLE_CHARS) * scale)
+    framing = framing_tokens(model, turns, tools, forced, parts.calls, names)
+    text = estimator.text("\n".join(parts.texts), family, sample=REQUEST_SAMPLE_CHARS)
+    return max(1, round(text * scale) + parts.sealed + framing), parts.media
+
+
+class Calibration:
+    """What answers taught about estimates: per model, how much more (or less) was billed than estimated.
+
+    A running mean of actual / estimated, in which a request weighs by its size: what a small one adds is framing, and the
+    counts that matter are those of large ones. It absorbs unknown framing, tools' prompts and tokenizers. Lock-free: every
+    step is one dict operation, and of two threads that learn at once one lesson may be lost.
+    """
+
+    # An answer's weight (reference 8: 0.1 to 0.3), the bounds of a ratio, and the size below which nothing is learned.
+    WEIGHT, LOWEST, HIGHEST, MIN_TOKENS, MAX_MODELS = 0.3, 0.6, 1.8, 500, 500
+    # A client with a count too low compacts too late, one that is some percent too high costs it nothing: in sessions of
+    # real texts (60 turns, true counts) 42 % of all counts after the fifth turn fell short of the truth without this
+    # margin, 0.1 % with it, and 0.7 % were more than 10 % too high.
+    MARGIN = 0.04
+
+    def __init__(self) -> None:
+        self._learned: Dict[str, Tuple[float, float]] = {}  # model -> fading sums of (actual, estimated) tokens
+
+    def learn(self, model: str, estimated: int, actual: int) -> None:
+        """One more answer of a model."""
+        if min(estimated, actual) <= self.MIN_TOKENS:
+            return
+        if len(self._learned) >= self.MAX_MODELS and model not in self._learned:
+            self._learned.clear()  # names are a client's to invent
+        ratio = min(max(actual / estimated, self.LOWEST), self.HIGHEST)
+        billed, guessed = self._learned.get(model, (0.0, 0.0))
+        fade = 1 - self.WEIGHT
+        self._learned[model] = billed * fade + ratio * estimated, guessed * fade + estimated
+
+    def factor(self, model: str) -> float:
+        """What to multiply an estimate with, margin included; 1 for a model that taught nothing."""
+        billed, guessed = self._learned.get(model, (0.0, 0.0))
+        return billed / guessed * (1 + self.MARGIN) if guessed else 1.0
+
+    def apply(self, model: str, estimated: int) -> int:
+        """The corrected estimate, rounded up."""
+        return math.ceil(estimated * self.factor(model))
+
+
+class PromptCounter:
+    """Input tokens of whole requests: estimated, and corrected by what upstream billed. Shared between threads."""
+
+    def __init__(self, estimator: TokenEstimator, calibration: Calibration) -> None:
+        self._estimator = estimator
+        self._calibration = calibration
+
+    def count(self, request: Request, model: str, multiplier: Optional[float] = None) -> int:
+        """Input tokens of a request. An operator's `multiplier` for Claude is taken at its word: nothing learned changes it."""
+        text, media = measure_request(self._estimator, request, model, multiplier)
+        if multiplier and "claude" in model.lower():
+            return text + media
+        return self._calibration.apply(model, text) + media
+
+    def learn(self, request: Request, model: str, billed: int) -> None:
+        """Compares a request with what was billed for it, where all of it can be seen."""
+        if billed <= Calibration.MIN_TOKENS or any(tool.kind == "server" for tool in request.tools) \
+                or (request.extra or {}).get("previous_response_id"):
+            return
+        text, media = measure_request(self._estimator, request, model)
+        if not media:
+            self._calibration.learn(model, text, billed)
 
 
 ###############################################################################
@@ -9807,6 +10011,11 @@ def without_pdfs(blocks: Sequence[Block]) -> List[Block]:
             block = Text(PDF_NOTE.format(block.name or "document.pdf"))
         kept.append(block)
     return kept
+
+
+def request_without_pdfs(request: Request) -> Request:
+    """The same for a whole request."""
+    return replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
 
 
 # ---- names nobody has -------------------------------------------------------
@@ -13962,7 +14171,9 @@ class Planner:
         if catalogue is None or found is None:
             return False
         plan.model = found[0]
-        return MESSAGES in self._served(catalogue.records[plan.model])
+        served = self._served(catalogue.records[plan.model])
+        plan.upstream_dialect = next((dialect for dialect in ROUTING[plan.dialect] if dialect in served), MESSAGES)
+        return MESSAGES in served
 
     def _mapped(self, name: str) -> Tuple[str, List[str]]:
         target = map_name(name, *parse_mappings(self._settings()["modelMappings"]))
@@ -14242,10 +14453,11 @@ class TranslatedRoad(Road):
     """Upstream speaks another dialect: frames -> events -> frames, batch by batch; whole answers by the same values."""
 
     def __init__(self, plan: Plan, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange, watch: Watch,
-                 recollection: Recollection, cutter: Optional[Callable[[], TextCutter]]) -> None:
+                 recollection: Recollection, cutter: Optional[Callable[[], TextCutter]], expected: Callable[[], int]) -> None:
         super().__init__(plan, inbound, line, exchange, watch)
         self._asked = request
         self._cutter = cutter  # one for each try
+        self._expected = expected  # input tokens, estimated
         hidden = plan.dialect == MESSAGES and request.reasoning is not None and request.reasoning.visible is False
         self._carriage = Carriage(plan.origin, plan.dialect, plan.upstream_dialect, hidden)
         self._recollection = recollection
@@ -14260,15 +14472,20 @@ class TranslatedRoad(Road):
         return [("Content-Type", "application/json"), *headers[1:]] if self._framing is not format_frames else headers
 
     def stream(self, answer: Answer) -> None:
-        """Moves events as they arrive: read -> decode -> meter -> encode -> write, one write per read."""
-        batches = Batches(answer)
-        self._stream_events(answer, self._upstream.decode_stream(map(parse_frames, batches)), batches)
+        """Moves events as they arrive: read -> decode -> meter -> encode -> write, one write per read.
 
-    def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches) -> None:
+        A Messages client reads the prompt's size in the first event, where Chat and Responses tell it in the last. It is
+        reckoned while upstream thinks: the head of the answer is here, the first event seldom.
+        """
+        expected = Usage(input=self._expected()) if self.plan.dialect == MESSAGES else None
+        batches = Batches(answer)
+        self._stream_events(answer, self._upstream.decode_stream(map(parse_frames, batches)), batches, expected)
+
+    def _stream_events(self, answer: Answer, decoded: Iterable[List[Event]], batches: Batches, expected: Optional[Usage]) -> None:
         plan, exchange = self.plan, self.exchange
         restored = restore_names(guarded(decoded), plan.names)
         events = lawful(self._cutter().stream(restored) if self._cutter else restored, exchange.trace_id)
-        tally = Tally(self, batches, self._carriage.stream(events))
+        tally = Tally(self, batches, self._carriage.stream(events), expected)
         last = b""
         try:
             for frames in self._client.encode_stream(iter(tally), self._asked):
@@ -14287,7 +14504,7 @@ class TranslatedRoad(Road):
     def not_a_stream(self, answer: Answer) -> None:
         """A whole answer where a stream was asked for is told as a stream; an error is an error."""
         reply = self._upstream.decode_reply(good_object(answer, read_whole(answer)))
-        self._stream_events(answer, [replay(reply)], Batches(answer))
+        self._stream_events(answer, [replay(reply)], Batches(answer), None)
 
     def whole(self, answer: Answer) -> None:
         """Translates a whole answer."""
@@ -14352,10 +14569,11 @@ class Tally:
     While nothing has been relayed a Fault is raised: it is still a real status. A stream that broke off tells why.
     """
 
-    def __init__(self, road: Road, batches: Batches, events: Iterable[List[Event]]) -> None:
+    def __init__(self, road: Road, batches: Batches, events: Iterable[List[Event]], expected: Optional[Usage]) -> None:
         self._road = road
         self._batches = batches
         self._events = events
+        self._expected = expected  # what the client is told at the start where upstream says nothing; never counted here
         self._begun = False
         self.ended = False
         self.failure: Optional[Failure] = None
@@ -14380,8 +14598,9 @@ class Tally:
         road = self._road
         self._begun = True
         self.model, self.usage = start.model, start.usage
+        said = start.usage if start.usage is not None and start.usage.input else self._expected or start.usage
         return ReplyStart(client_id(road.plan.dialect, start.id, road.exchange.trace_id), start.model or road.plan.model,
-                          start.created_at or road.exchange.started_ms // 1000, start.usage)
+                          start.created_at or road.exchange.started_ms // 1000, said)
 
     def _ended(self, end: Any) -> Event:
         if type(end) is ReplyStop:
@@ -14424,15 +14643,24 @@ def says_something(message: Message) -> bool:
     return message.role != "system" and any(not isinstance(block, Text) or block.text.strip() for block in message.content)
 
 
+def expected_input(prompts: PromptCounter, request: Request, plan: Plan, settings: Settings) -> int:
+    """Input tokens that upstream will bill for a client's request, as far as is known before."""
+    if plan.upstream_dialect == CHAT and plan.provider == "copilot":
+        request = request_without_pdfs(request)
+    return prompts.count(request, plan.model, settings["claudeTokenMultiplier"])
+
+
 class Gateway:
     """Takes an accepted request through interpret, plan, permit, shape, send, relay and record."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, machine_id: str, watch: Watch,
-                 estimator: TokenEstimator, log: Log, approve: Optional[Callable[[str], bool]] = None) -> None:
+                 estimator: TokenEstimator, prompts: PromptCounter, log: Log,
+                 approve: Optional[Callable[[str], bool]] = None) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
         self._estimator = estimator
+        self._prompts = prompts
         self._log = log
         self._machine_id = machine_id
         self._watch = watch
@@ -14463,7 +14691,9 @@ class Gateway:
         quirks = quirks_for(plan)
         if plan.road == "translated":
             wire = self._translated(plan, request, quirks)
-            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection, self._cutter(plan, request))
+            expected = partial(expected_input, self._prompts, request, plan, self._settings())
+            road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection,
+                                        self._cutter(plan, request), expected)
         else:
             if dialect == CHAT and needs_state(plan.model):
                 road = RememberingRoad(plan, quirks, inbound, line, exchange, self._watch, self._recollection)
@@ -14475,6 +14705,8 @@ class Gateway:
         try:
             self._permit(plan, line.stopper)
             self._repeated(partial(self._mended, plan, wire, road, inbound, line, exchange), line, exchange)
+            if exchange.outcome == "ok" and exchange.usage is not None:  # the client has its answer
+                self._prompts.learn(request, plan.model, exchange.usage.input)
         except ProxyError as error:
             if not line.settle():
                 raise
@@ -14495,7 +14727,7 @@ class Gateway:
             session = parse_user_id(request.user)[1] if request.user and request.tools else None
             request = phased(replace(request, cache_key=request.cache_key or session))
         elif plan.upstream_dialect == CHAT and plan.provider == "copilot":
-            request = replace(request, messages=[replace(message, content=without_pdfs(message.content)) for message in request.messages])
+            request = request_without_pdfs(request)
         lacking = lacking_powers(plan.record, plan.upstream_dialect)
         flat = flatten(replace(request, model=plan.model), plan.names, plan.upstream_dialect, lacking)
         body = CODECS[plan.upstream_dialect].encode_request(flat)
@@ -14660,11 +14892,11 @@ class TokenCounter:
     """POST /v1/messages/count_tokens: Anthropic's count with a key, else upstream's own, else our estimate."""
 
     def __init__(self, settings: Callable[[], Settings], planner: Planner, sender: Sender, upstream: Upstream,
-                 accounts: Accounts, watch: Watch, log: Log, estimator: TokenEstimator) -> None:
+                 accounts: Accounts, watch: Watch, log: Log, prompts: PromptCounter) -> None:
         self._settings = settings
         self._planner = planner
         self._sender = sender
-        self._estimator = estimator
+        self._prompts = prompts
         self._upstream = upstream
         self._accounts = accounts
         self._watch = watch
@@ -14684,7 +14916,7 @@ class TokenCounter:
             count = self._at_copilot(plan, body, inbound, line.stopper, exchange)
         value: Json = {"input_tokens": count}
         if count is None:
-            value = {"input_tokens": count_request(self._estimator, request, plan.model), "estimated": True}
+            value = {"input_tokens": self._estimate(request, plan), "estimated": True}
         send_whole(self._watch, line, exchange, dump_json(value), model_headers(plan, inbound, {}))
 
     def count_gemini(self, model: str, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
@@ -14692,8 +14924,11 @@ class TokenCounter:
         body = gemini_countable(want_object(parse_json(inbound.body), "the request body"))
         request = CODECS[GEMINI].decode_request({**body, "model": model})
         plan, _ = self._planned(GEMINI, model, line, exchange)
-        total = count_request(self._estimator, request, plan.model)
+        total = self._estimate(request, plan)
         send_whole(self._watch, line, exchange, dump_json({"totalTokens": total}), model_headers(plan, inbound, {}))
+
+    def _estimate(self, request: Request, plan: Plan) -> int:
+        return expected_input(self._prompts, request, plan, self._settings())
 
     def _planned(self, dialect: str, model: str, line: ClientLine, exchange: Exchange) -> Tuple[Plan, bool]:
         """(plan, whether upstream counts for the model)."""
@@ -15941,12 +16176,13 @@ def compose(setup: Setup, flag_token: Optional[str] = None, unit_s: float = 1.0,
     planner = Planner(settings, models, provider)
     sender = Sender(settings, provider, setup.log, unit_s)
     estimator = TokenEstimator()
+    prompts = PromptCounter(estimator, Calibration())
     return App(
         settings=settings, reload=setup.reload, paths=setup.paths, log=setup.log, upstream=upstream, watch=watch, accounts=accounts,
         provider=provider, models=models,
-        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, setup.log, ask_operator),
+        gateway=Gateway(settings, planner, sender, identity.machine_id, watch, estimator, prompts, setup.log, ask_operator),
         embeddings=Embeddings(planner, sender, watch),
-        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, estimator),
+        counter=TokenCounter(settings, planner, sender, upstream, accounts, watch, setup.log, prompts),
         ledger=Ledger(settings()["usageDatabase"] or os.path.join(setup.paths.home, "copilot-api.sqlite"), setup.log),
         device_page=device_page)
 
