@@ -2760,8 +2760,8 @@ def chat_wire_notes(text: Text, length: int, start: int) -> List[Json]:
         if not name_in(note, "url"):
             continue
         own = name_in(note, "type") == "url_citation"
-        cited = {name: value for name, value in note.items() if name != "type"} if own else \
-            {"url": note["url"], "title": name_in(note, "title"), "start_index": 0, "end_index": length}
+        place = {name: value for name, value in note.items() if name != "type"} if own else {"url": note["url"], "start_index": 0, "end_index": length}
+        cited = {**place, "title": name_in(note, "title")}  # a string in the SDK's type
         for name in ("start_index", "end_index"):
             if start and type(cited.get(name)) is int:
                 cited[name] += start
@@ -3096,6 +3096,7 @@ class ChatWriter:
         self._open: Dict[int, ChatBlock] = {}
         self._calls = 0
         self._length = 0  # characters of the message's content before the open text
+        self._notes = 0  # annotations so far: openai's accumulator wants a number in each of a second list
         self._thought = False
         self._sealed = False
         self._usage: Optional[Usage] = None
@@ -3187,7 +3188,8 @@ class ChatWriter:
     def _text_done(self, text: Text, length: int) -> None:
         """What only a text's end tells."""
         notes, logprobs = chat_wire_notes(text, length, self._length), (text.extra or {}).get("logprobs")
-        self._length += length
+        notes = [{**note, "index": self._notes + at} for at, note in enumerate(notes)] if self._notes else notes
+        self._length, self._notes = self._length + length, self._notes + len(notes)
         if notes or logprobs:
             self._send({"annotations": notes} if notes else {}, None, {"content": logprobs, "refusal": None} if logprobs else None)
 
@@ -3555,7 +3557,9 @@ def responses_annotations(text: Text) -> List[Json]:
     """A text's citations as annotations: our own as they are, any other with a `url` as one over the whole text."""
     notes: List[Json] = []
     for note in text.citations or ():
-        if name_in(note, "type") in RESPONSES_ANNOTATIONS:
+        if name_in(note, "type") == "url_citation":
+            notes.append({**note, "title": name_in(note, "title")})  # a string in the SDK's type
+        elif name_in(note, "type") in RESPONSES_ANNOTATIONS:
             notes.append(note)
         elif name_in(note, "url"):
             notes.append({"type": "url_citation", "url": note["url"], "title": name_in(note, "title"),
@@ -4168,7 +4172,7 @@ class ResponsesReader:
         said = main_text(block)
         if said is not None:
             part = self._open((at, -1), opening(block))
-            if said:
+            if said and getattr(block, "kind", None) not in ("search", "server"):  # an object is whole with its item only
                 self._more(part, said)
 
     def _item_done(self, event: Json) -> None:
@@ -6324,9 +6328,16 @@ def gemini_citations(candidate: Json) -> List[Json]:
 def gemini_placed(citations: Iterable[Json], text: str, before: int) -> List[Json]:
     """The citations that lie in a text with `before` bytes ahead of it, their places in its characters."""
     raw = text.encode("utf-8", "surrogatepass")
-    return [{**note, "start_index": len(raw[:max(0, note["start_index"] - before)].decode("utf-8", "ignore")),
-             "end_index": len(raw[:note["end_index"] - before].decode("utf-8", "ignore"))}
+    return [{**note, "start_index": gemini_characters(raw, note["start_index"] - before), "end_index": gemini_characters(raw, note["end_index"] - before)}
             for note in citations if note["start_index"] < before + len(raw) and note["end_index"] > before]
+
+
+def gemini_characters(raw: bytes, size: int) -> int:
+    """How many characters of a text lie whole within its first `size` bytes; half an emoji counts as the one it is in Python."""
+    size = max(0, min(size, len(raw)))
+    while size < len(raw) and raw[size] & 0xC0 == 0x80:
+        size -= 1
+    return len(raw[:size].decode("utf-8", "surrogatepass"))
 
 
 def gemini_grounding(citations: Iterable[Tuple[Json, str, int]]) -> Json:
