@@ -4745,6 +4745,10 @@ MESSAGES_MODES = (("off", "disabled"), ("on", "enabled"), ("adaptive", "adaptive
 MESSAGES_CHOICES = (("auto", "auto"), ("required", "any"), ("tool", "tool"), ("none", "none"))  # hub, `tool_choice.type`
 MESSAGES_DISPLAYS = {"omitted": False, "summarized": True, "updates": True}
 
+# What holds arguments that are no JSON object, an input must be one: the word we write (console reference A.6), and the
+# one that histories of another seed hold (B.4).
+MESSAGES_RAW = ("raw_arguments", "_raw_arguments")
+
 # Blocks only this dialect knows; they are Opaque in the hub and re-emitted as they came.
 MESSAGES_OPAQUE = frozenset((
     "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
@@ -4787,21 +4791,23 @@ def messages_cache(block: Json) -> Optional[Json]:
 
 
 def messages_arguments(given: Any) -> str:
-    """The arguments string of a `tool_use.input`. What was no JSON object has travelled as `_raw_arguments`."""
-    if isinstance(given, dict) and len(given) == 1 and isinstance(given.get("_raw_arguments"), str):
-        return given["_raw_arguments"]
+    """The arguments string of a `tool_use.input`. Text that was no JSON has travelled under one of MESSAGES_RAW; a list does
+    not become bare again, for a tool may have a parameter `arguments`."""
+    name = next(iter(given)) if isinstance(given, dict) and len(given) == 1 else ""
+    if name in MESSAGES_RAW and isinstance(given[name], str):
+        return given[name]
     return dump_json({} if given is None else given).decode()
 
 
 def messages_input(arguments: str) -> Json:
-    """The object of an arguments string: blank is {}, text that is no JSON object becomes {"_raw_arguments":"…"}."""
+    """The object of an arguments string: blank is {}, a list {"arguments":[…]}, other text {"raw_arguments":"…"}."""
     if not arguments.strip():
         return {}
     try:
         value = parse_json(arguments.encode("utf-8", "surrogatepass"))
     except ClientError:
         value = None
-    return value if isinstance(value, dict) else {"_raw_arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value} if isinstance(value, list) else {MESSAGES_RAW[0]: arguments}
 
 
 def messages_citation_form(citation: Any, text: str, to_client: bool) -> Optional[Json]:
@@ -4890,7 +4896,7 @@ def messages_block(block: Any) -> Block:
 
 def messages_answer_block(block: Any) -> Block:
     """The hub's block of one content block of an answer. Results of the client's tools make no sense there, and
-    `_raw_arguments` is the model's own word: it may have read it in its history."""
+    `raw_arguments` is the model's own word: it may have read it in its history."""
     kind = name_in(block, "type")
     if kind == "tool_use":
         return replace(messages_call(block), arguments=dump_json(block.get("input") or {}).decode())
@@ -5413,7 +5419,7 @@ class MessagesWriter:
     """Writes a stream with one block open at a time (see `sequence`): a method for each event (MESSAGES_FRAMES).
 
     Blocks get their own numbers: what the dialect cannot say (an image in an answer) leaves no gap, an empty text
-    neither. Arguments stream as they come when they open like an object; others wait and leave as `_raw_arguments`,
+    neither. Arguments stream as they come when they open like an object; others wait and leave as `raw_arguments`,
     or the SDKs raise at the first piece that is no JSON.
     """
 

@@ -5047,8 +5047,10 @@ def messages_calls(block: Any, role: str) -> Any:
     if not isinstance(block, cp.ToolCall):
         return block
     said = compact(block.arguments)
-    if role == "reply" and object_of(said) is None:
-        said = cp.dump_json({"_raw_arguments": said}).decode()
+    if said.lstrip()[:1] == "[" and object_of('{"arguments":%s}' % said):
+        said = compact('{"arguments":%s}' % said)
+    elif role == "reply" and object_of(said) is None:
+        said = cp.dump_json({"raw_arguments": said}).decode()
     return replace(block, kind="function", namespace=None, arguments=said)
 
 
@@ -5371,7 +5373,7 @@ LOSSES: Dict[str, List[Loss]] = {
          messages_choice),
         ("developer messages; late system messages; extra of messages", "request", "one system prompt; reminders in the user's turn (DESIGN 8)",
          messages_sides),
-        ("results: kind; calls: kind, namespace, spelling of arguments, in an answer what is no object", "both", "flattened before; an object on the wire",
+        ("results: kind; calls: kind, namespace, spelling of arguments, lists, in an answer what is no object", "both", "flattened before; an object on the wire",
          mend_blocks(messages_calls, False)),
         ("blocks on the wrong side", "both", "users have media and results, the model thoughts and calls; texts in a system prompt",
          mend_blocks(messages_misplaced, False)),
@@ -5661,7 +5663,7 @@ HUB_REQUESTS: Dict[str, cp.Request] = {
                                       user(cp.ToolResult("t1", [cp.Text("page"), cp.File("application/pdf", "AAAA"), cp.Image("image/jpeg", "BBBB")]),
                                            cp.ToolResult("t2", [cp.ToolReference("mcp__a__b"), cp.ToolReference("c")]), cp.ToolResult("t3", []))),
     "result text with cache": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "{}")), user(cp.ToolResult("t1", [cp.Text("x", cache=EPHEMERAL)]))),
-    "arguments that are no object": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "[1"), cp.ToolCall("t2", "R", "[1]"),
+    "arguments that are no object": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "[1"), cp.ToolCall("t2", "R", '"x"'),
                                                                           cp.ToolCall("t3", "R", '{"a":NaN}')), user(cp.ToolResult("t1", [cp.Text("")]))),
     "thinking history": capped(user("q"), assistant(cp.Thinking("hm", "sig"), cp.Thinking(redacted="data"), cp.Thinking("", "sig2"), "a"), user("b")),
     "server blocks": capped(user("q"), assistant( cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "web_search",
@@ -5960,7 +5962,8 @@ MESSAGES_EXAMPLES: List[Tuple[str, Value, Value]] = [
      cp.Reply("i", "m", 0, [cp.Text(""), cp.Text("a"), cp.Image(url="u"), cp.Opaque("executableCode", {}), cp.Text("b")], usage=cp.Usage()),
      cp.Reply("i", "m", 0, [cp.Text("a"), cp.Text("b")], usage=cp.Usage())),
     ("ToolCall.arguments that are no object, in an answer", cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", "not json")], usage=cp.Usage()),
-     cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", '{"_raw_arguments":"not json"}')], usage=cp.Usage())),
+     cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", '{"raw_arguments":"not json"}')], usage=cp.Usage())),
+    ("ToolCall.arguments that are a list", capped(assistant(cp.ToolCall("a", "n", "[1, 2]"))), capped(assistant(cp.ToolCall("a", "n", '{"arguments":[1,2]}')))),
     ("stop reason unknown", cp.Reply("i", "m", 0, [], "odd", usage=cp.Usage()), cp.Reply("i", "m", 0, [], usage=cp.Usage())),
 ]
 for what, sent, _ in MESSAGES_EXAMPLES:
@@ -7611,14 +7614,16 @@ class MessagesCodecStreams(unittest.TestCase):
         self.assertEqual([(call.id, call.arguments) for call in messages_read(frames).content], [("a", "{}"), ("b", '{"b":1}')])
 
     def test_arguments_that_are_no_object_reach_the_sdk_as_one(self):
-        for pieces in (["not", " json"], ["  ", "[", "1]"], ["12"], ['"x"']):
+        for pieces in (["not", " json"], ["  ", "[", "1}"], ["12"], ['"x"'], ["[", "1, 2]"]):
             events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", ""))] + [cp.BlockDelta(0,
                                                                                                              piece) for piece in pieces] + [cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
             frames = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful([events], "t")))
             deltas = [json.loads(frame.data)["delta"]["partial_json"] for frame in frames if frame.event == "content_block_delta"]
-            self.assertEqual(json.loads("".join(deltas)), {"_raw_arguments": "".join(pieces)})
-            self.assertEqual(len(deltas), 1)
-            self.assertEqual(cp.messages_arguments(json.loads("".join(deltas))), "".join(pieces))
+            wanted = {"arguments": [1, 2]} if pieces[0] == "[" else {"raw_arguments": "".join(pieces)}
+            self.assertEqual(([wanted], wanted), ([json.loads(delta) for delta in deltas], cp.messages_input("".join(pieces))))
+            back = cp.messages_arguments(wanted)  # a list stays inside: a tool may have a parameter of that name
+            self.assertEqual('{"arguments":[1,2]}' if pieces[0] == "[" else "".join(pieces), back)
+        self.assertEqual("old", cp.messages_arguments({"_raw_arguments": "old"}))
         events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", "")), cp.BlockDelta(0, " "), cp.BlockDelta(0, '{"a"'),
                   cp.BlockDelta(0, ":1}"), cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
         self.assertEqual(messages_read(flat_frames(MESSAGES_CODEC.encode_stream([events]))).content[0].arguments, ' {"a":1}')
