@@ -2133,6 +2133,16 @@ def flatten(request: Request, names: Names, dialect: str, lacking: Any = frozens
                    messages=messages)
 
 
+def allowed_tools(tools: Sequence[Tool], allowed: Sequence[Tool]) -> List[Tool]:
+    """The tools that a choice leaves: of the kind and name of one it lists, and its namespace or server if it says one. All
+    where it lists none. No other dialect has such a choice, but what is not offered is not called."""
+    def leaves(one: Tool, tool: Tool) -> bool:
+        label = (one.extra or {}).get("server_label")
+        return (one.kind, one.name) == (tool.kind, tool.name) and one.namespace in (None, tool.namespace) \
+            and label in (None, (tool.extra or {}).get("server_label"))
+    return [tool for tool in tools if not allowed or any(leaves(one, tool) for one in allowed)]
+
+
 def flat_name(name: str, namespace: Optional[str], kind: str, names: Names, powers: Any) -> str:
     """The name a tool goes by in the dialect."""
     if NAMESPACE in powers and namespace:
@@ -2641,6 +2651,13 @@ def chat_choice(value: Any) -> Optional[ToolChoice]:
         return named or ToolChoice("required" if forced else "auto")
     name = name_in(inner, "name")
     return ToolChoice("tool", name, None, kind) if name and kind in ("function", "custom") else None
+
+
+def chat_allowed(value: Any) -> List[Tool]:
+    """The tools that a choice of {"type":"allowed_tools"} lists, none for any other choice."""
+    inner = value.get("allowed_tools") if name_in(value, "type") == "allowed_tools" else None
+    listed = inner.get("tools") if isinstance(inner, dict) else None
+    return [chat_tool(tool) for tool in listed] if isinstance(listed, list) else []
 
 
 def chat_wire_choice(choice: ToolChoice) -> Any:
@@ -3221,7 +3238,8 @@ class ChatCodec(Codec):
         return Request(
             model=want_model(body), messages=canonical(chat_message(want_object(message, f"messages.{at}"), f"messages.{at}")
                                                        for at, message in enumerate(messages)),
-            tools=[chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], tool_choice=chat_choice(chosen),
+            tools=allowed_tools([chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], chat_allowed(chosen)),
+            tool_choice=chat_choice(chosen),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
             stop=chat_stop(body.get("stop")), temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
@@ -3779,6 +3797,12 @@ def responses_choice(value: Any) -> Optional[ToolChoice]:
     if kind in ("function", "custom"):
         return ToolChoice("tool", name, text_or_none(value.get("namespace")), kind) if name else None
     return ToolChoice("tool", kind, None, "server") if kind else None
+
+
+def responses_allowed(value: Any) -> List[Tool]:
+    """The tools that a choice of {"type":"allowed_tools"} lists, none for any other choice."""
+    listed = responses_list(value.get("tools")) if name_in(value, "type") == "allowed_tools" else []
+    return [tool for entry in listed if isinstance(entry, dict) for tool in responses_tools([entry], text_or_none(entry.get("namespace")))]
 
 
 def responses_wire_choice(choice: ToolChoice) -> Any:
@@ -4545,7 +4569,7 @@ class ResponsesCodec(Codec):
 
     @staticmethod
     def _tools(body: Json) -> List[Tool]:
-        """All tools of a body, each once, those of one namespace side by side."""
+        """The tools of a body that its choice leaves, each once, those of one namespace side by side."""
         tools = responses_tools(want_list(body, "tools"))
         known = {(tool.namespace, tool.name, tool.kind) for tool in tools}
         for item in responses_list(body.get("input")):
@@ -4555,7 +4579,7 @@ class ResponsesCodec(Codec):
                 if (tool.namespace, tool.name, tool.kind) not in known:
                     known.add((tool.namespace, tool.name, tool.kind))
                     tools.append(tool)
-        return [tool for group in by_namespace(tools) for tool in group]
+        return allowed_tools([tool for group in by_namespace(tools) for tool in group], responses_allowed(body.get("tool_choice")))
 
     def encode_request(self, request: Request) -> Json:
         """The body of a request. Nothing is ever stored, so reasoning must come back encrypted."""

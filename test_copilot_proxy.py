@@ -7118,6 +7118,14 @@ class ChatCodecRequests(unittest.TestCase):
                               ({"type": "auto"}, None), ({"type": "function", "function": 3}, None)):
             self.assertEqual(wanted, cp.chat_choice(value), value)
 
+    def test_a_choice_among_several_tools_offers_no_other(self):
+        tools = [{"type": kind, kind: {"name": name}} for kind, name in (("function", "f"), ("function", "g"), ("custom", "f"), ("custom", "h"))]
+        for mode, listed, left in (("auto", (0, 3), (0, 3)), ("required", (1, 2), (1, 2)), ("auto", (1,), (1,)), ("auto", (), (0, 1, 2, 3))):
+            request = CHAT_CODEC.decode_request(said({"role": "user", "content": "a"}, tools=tools, tool_choice={
+                "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tools[at] for at in listed]}}))
+            self.assertEqual((cp.ToolChoice(mode), [cp.chat_tool(tools[at]) for at in left]), (request.tool_choice, request.tools))
+            self.assertEqual(len(left), len(MESSAGES_CODEC.encode_request(request)["tools"]))
+
 
 class ChatCodecStreams(unittest.TestCase):
     maxDiff = None
@@ -7317,6 +7325,18 @@ class ResponsesCodecRequests(unittest.TestCase):
         self.assertTrue(all(one == same[0] for one in same))
         self.assertEqual([cp.Opaque("item_reference", {"id": "rs_1"})],
                          RESPONSES_CODEC.decode_request({"model": "m", "input": [{"id": "rs_1"}]}).messages[0].content)
+
+    def test_a_choice_among_several_tools_offers_no_other(self):
+        space = {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}]}
+        tools = [{"type": "function", "name": "f"}, space, {"type": "custom", "name": "c"}, {"type": "web_search"}, {"type": "mcp", "server_label": "a"},
+                 {"type": "mcp", "server_label": "b"}]
+        for mode, listed, left in (
+                ("auto", [{"type": "function", "name": "f", "namespace": "ns"}, {"type": "web_search"}], [("ns", "f"), (None, "web_search")]),
+                ("required", [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}], [(None, "f"), ("ns", "f"), (None, "c")]),
+                ("auto", [{"type": "mcp", "server_label": "b"}, {"type": "function", "name": "nobody"}], [(None, "mcp")])):
+            request = RESPONSES_CODEC.decode_request({"model": "m", "input": "a", "tools": tools, "tool_choice": {"type": "allowed_tools", "mode": mode, "tools": listed}})
+            self.assertEqual((cp.ToolChoice(mode), left), (request.tool_choice, [(tool.namespace, tool.name) for tool in request.tools]))
+        self.assertEqual({"server_label": "b"}, request.tools[0].extra)
 
     def test_allowed_tools(self):
         for value, wanted in (({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, cp.ToolChoice("tool", "f")),
