@@ -1997,14 +1997,31 @@ class Carriage:
         return replace(reply, content=[self.sealed(block) for block in reply.content])
 
 
+def foreign_compaction() -> ClientError:
+    """The 400 for a conversation of which the compacted part is sealed for another model (DESIGN 8): without it, all that
+    was said before is lost."""
+    return ClientError("the beginning of this conversation was compacted by another model, and only that model can read it: "
+                       "start a new conversation, or return to that model")
+
+
+def is_sealed_compaction(state: str) -> bool:
+    """Whether a state that a client keeps stands for a compacted conversation."""
+    return state.startswith(SEED_COMPACTION) and "@" in state or (unseal(state) or {}).get("k") == "compaction"
+
+
 def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
     """A block of a request with its state as this upstream made it; None for state of another origin, and for
-    thinking that carries none: it means nothing to anyone but its maker."""
+    thinking that carries none: it means nothing to anyone but its maker. A compaction may be readable besides; raises
+    ClientError 400 for one that is not."""
     if isinstance(block, Thinking):
         return opened_thinking(block, origin, upstream)
     if isinstance(block, Compaction) and block.sealed:
         facts = unseal(block.sealed)
-        return replace(block, sealed=facts["s"], id=facts.get("i")) if is_own(facts, origin) else None
+        if facts is not None and is_own(facts, origin):
+            return replace(block, sealed=facts["s"], id=facts.get("i"))
+        if not block.summary:
+            raise foreign_compaction()
+        return replace(block, sealed=None, id=None)
     if getattr(block, "seal", None):
         facts = unseal(block.seal)
         return replace(block, seal=facts["s"] if is_own(facts, origin) else None)
@@ -2012,11 +2029,13 @@ def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
 
 
 def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Block]:
-    """The thinking (or compaction) behind a carrier or one of the seeds' shapes."""
+    """The thinking (or compaction) behind a carrier or one of the seeds' shapes; raises like `opened`."""
     state = block.signature or block.redacted or ""
     facts = unseal(state)
     if facts is not None:
         if not is_own(facts, origin):
+            if facts.get("k") == "compaction":
+                raise foreign_compaction()
             return None
         if facts.get("k") == "compaction":
             return Compaction(sealed=facts["s"], id=facts.get("i"))
@@ -2024,6 +2043,8 @@ def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Blo
             return Thinking(redacted=facts["s"], id=facts.get("i"))
         return Thinking(text=str(facts.get("t") or ""), signature=facts["s"], id=facts.get("i"))
     if upstream != RESPONSES or "@" not in state:
+        if is_sealed_compaction(state):
+            raise foreign_compaction()
         return None
     text = "" if block.text == PLACEHOLDER else block.text
     if state.startswith(SEED_COMPACTION):
@@ -2050,7 +2071,7 @@ def is_own(facts: Optional[Json], origin: str) -> bool:
 
 def drop_foreign(body: Json, dialect: str) -> bool:
     """Takes out of a wire body that is passed on as it is every carrier and the thinking it belongs to: whoever speaks
-    the client's dialect never made one. True when there was any."""
+    the client's dialect never made one. True when there was any; raises ClientError 400 for a compaction among them."""
     turns = body.get("input" if dialect == RESPONSES else "messages")
     found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     dropped = False
@@ -2070,13 +2091,17 @@ def drop_foreign(body: Json, dialect: str) -> bool:
 
 
 def holds_carrier(value: Any, *names: str) -> bool:
-    """Whether one of these fields of a wire object holds a carrier, or one of the seeds' shapes (no base64 has an @)."""
+    """Whether one of these fields of a wire object holds a carrier, or one of the seeds' shapes (no base64 has an @); raises
+    ClientError 400 for a compaction's."""
     said = [value[name] for name in names if isinstance(value.get(name), str)] if isinstance(value, dict) else []
-    return any(text.startswith(CARRIER_HEAD) or "@" in text for text in said)
+    found = [text for text in said if text.startswith(CARRIER_HEAD) or "@" in text]
+    if any(map(is_sealed_compaction, found)):
+        raise foreign_compaction()
+    return bool(found)
 
 
 def opened_request(request: Request, origin: str, upstream: str) -> Request:
-    """The request with every carrier of this origin opened, and foreign state left out."""
+    """The request with every carrier of this origin opened, and foreign state left out; raises like `opened`."""
     messages = []
     for message in request.messages:
         content = [found for block in message.content for found in opened_blocks(block, origin, upstream)]
@@ -8636,10 +8661,15 @@ class Recollection:
                 del self._origins[next(iter(self._origins))]
 
     def owned(self, request: Request, origin: str) -> Request:
-        """The request without such state of another origin; of unknown origin it is tried."""
+        """The request without such state of another origin; of unknown origin it is tried. Raises ClientError 400 for a
+        compaction of another origin."""
         def stays(block: Block) -> bool:
-            return not isinstance(block, Thinking) or "@" not in (block.signature or "") \
-                or self._origins.get(state_digest(block.signature), origin) == origin
+            if not isinstance(block, Thinking) or "@" not in (block.signature or "") \
+                    or self._origins.get(state_digest(block.signature), origin) == origin:
+                return True
+            if is_sealed_compaction(block.signature or ""):
+                raise foreign_compaction()
+            return False
         return replace(request, messages=[replace(message, content=list(filter(stays, message.content))) for message in request.messages])
 
     def _drop(self, call_id: str) -> None:

@@ -8006,6 +8006,37 @@ class GeminiCodecCarriers(unittest.TestCase):
             self.assertEqual(blocks[1:], [found for block in history for found in opened_blocks(block, "o2", cp.MESSAGES)])
 
 
+class Compacted(unittest.TestCase):
+    """What stands for a conversation so far goes to its maker; from another one a readable summary is taken, or it is refused."""
+
+    def opened(self, block: Any, upstream: str = cp.RESPONSES) -> List[Any]:
+        return cp.opened_request(cp.Request("m", [cp.Message("assistant", [block])]), "o1", upstream).messages[0].content
+
+    def test_its_maker_gets_it_back(self):
+        sealed = [cp.Compaction("gAA", id="cmp_1")]
+        carrier = cp.seal("compaction", "o1", "gAA", "cmp_1")
+        for block in (cp.Compaction(carrier, id="x"), cp.Thinking(signature=carrier), cp.Thinking("Thinking...", signature="cm1#gAA@cmp_1")):
+            self.assertEqual(sealed, self.opened(block))
+
+    def test_a_stranger_gets_the_summary_or_nothing(self):
+        foreign = cp.seal("compaction", "o2", "gAA", "cmp_1")
+        for state in (foreign, "gAA"):
+            self.assertEqual([cp.Compaction(summary="so far")], self.opened(cp.Compaction(state, "so far", "cmp_1")))
+            with self.assertRaises(cp.ClientError):
+                self.opened(cp.Compaction(state))
+        for upstream, block in ((cp.RESPONSES, cp.Thinking(signature=foreign)), (cp.MESSAGES, cp.Thinking(signature="cm1#gAA@cmp_1")), (cp.CHAT, cp.Text("a", seal=foreign))):
+            with self.assertRaises(cp.ClientError):
+                self.opened(block, upstream)
+
+    def test_the_seeds_shape_is_refused_where_its_maker_is_known(self):
+        recollection, state = cp.Recollection(), cp.Thinking(signature="cm1#gAA@cmp_1")
+        recollection.note([state], "o2")
+        request = cp.Request("m", [cp.Message("assistant", [state])])
+        self.assertEqual(request, recollection.owned(request, "o2"))
+        with self.assertRaises(cp.ClientError):
+            recollection.owned(request, "o1")
+
+
 class GeminiCodecErrors(unittest.TestCase):
     def error(self, error):
         return GEMINI_CODEC.encode_error(error)["error"]
@@ -15806,6 +15837,32 @@ class TranslatedRequests(RelayCase):
             client.model = model
             self.post(*client.ask())
             self.assertEqual(kept, "encrypted_content" in json.dumps(self.upstream.seen(RESPONSES_PATH)[-1].body["input"]), model)
+
+    def test_a_compaction_that_another_model_sealed_is_refused_with_advice(self):
+        carrier, seeds = cp.seal("compaction", "0" * 12, "gAAA", "cmp_1"), "cm1#gAAA@cmp_1"
+
+        def turns(dialect: str, state: str) -> Json:
+            if dialect == cp.RESPONSES:
+                return {"input": [{"type": "compaction", "id": "cmp_1", "encrypted_content": state}, {"role": "user", "content": "on"}]}
+            if dialect == cp.GEMINI:
+                return {"contents": [{"role": "user", "parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "so", "thoughtSignature": state}]},
+                                     {"role": "user", "parts": [{"text": "on"}]}]}
+            told = {cp.MESSAGES: {"content": [{"type": "thinking", "thinking": "Thinking...", "signature": state}]},
+                    cp.CHAT: {"content": "so", "reasoning_opaque": state}}[dialect]
+            return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", **told}, {"role": "user", "content": "on"}]}
+        models = tuple(MODEL_OF.values())
+        for dialect, state, refused in ((cp.RESPONSES, carrier, models), (cp.RESPONSES, "gAAA", (models[0], models[2])), (cp.MESSAGES, carrier, models),
+                                        (cp.MESSAGES, seeds, (models[0], models[2])), (cp.GEMINI, carrier, models), (cp.CHAT, carrier, models)):
+            for model in models:
+                with self.subTest(client=dialect, model=model, state=state[:5]):
+                    path, body = asking(dialect, model=model) if dialect in ASK else (GEMINI_PATH.format(model), {})
+                    answer = self.post(path, {**body, **turns(dialect, state)})
+                    if model in refused:
+                        self.assertIn("return to that model", answer.json["error"]["message"])
+                        self.assertEqual(400, answer.status)
+                    elif dialect != cp.RESPONSES:
+                        self.assertEqual(200, answer.status, answer.text[:300])
+                        self.assertIn("gAAA", json.dumps(self.upstream.seen(RESPONSES_PATH)[-1].body["input"]))
 
     def test_whole_answers_say_when_they_were_made(self):
         for dialect, model, name in ((cp.CHAT, "gpt-5.4", "created"), (cp.RESPONSES, "gpt-4o", "created_at")):
