@@ -2361,6 +2361,48 @@ def split_data_url(url: str) -> Tuple[Optional[str], Optional[str]]:
     return head[5:].partition(";")[0] or None, data
 
 
+# Media types of texts that do not begin with `text/`.
+TEXT_TYPES = frozenset("application/" + kind for kind in (
+    "json", "x-ndjson", "xml", "yaml", "x-yaml", "toml", "javascript", "x-javascript", "typescript", "x-typescript", "x-sh", "sql"))
+# What a file of a type is called at its end; OpenAI's models tell types by it.
+FILE_ENDINGS = {
+    "application/pdf": "pdf", "application/rtf": "rtf", "application/zip": "zip", "application/msword": "doc", "application/vnd.ms-excel": "xls",
+    "application/vnd.ms-powerpoint": "ppt", "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
+    "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx", "application/epub+zip": "epub"}
+SOUND_NOTE = "[{}: this model takes no {}; the file was left out.]"
+
+
+def file_type(file: File) -> str:
+    """A file's media type without its parameters; a PDF's where none was said."""
+    return (file.media_type or "application/pdf").partition(";")[0].strip().lower()
+
+
+def file_text(file: File) -> Optional[str]:
+    """The text of a text file, given as such or as base64; None for other files."""
+    kind = file_type(file)
+    if file.text is not None or file.data is None or not (kind.startswith("text/") or kind in TEXT_TYPES):
+        return file.text
+    try:
+        return base64.b64decode(file.data).decode("utf-8")
+    except ValueError:
+        return None
+
+
+def file_note(file: File) -> Optional[str]:
+    """What is said in place of sound and film, which no upstream dialect takes (Gemini clients send them); None for other files."""
+    kind = file_type(file).partition("/")[0]
+    return SOUND_NOTE.format(file.name or file.url or file_type(file), kind) if kind in ("audio", "video") and file.text is None else None
+
+
+def file_name(file: File) -> Optional[str]:
+    """A name with an ending for a file that is sent by its data; the given one for any other."""
+    if file.data is None or file.name and re.search(r"\.\w{1,5}$", file.name):
+        return file.name
+    ending = FILE_ENDINGS.get(file_type(file)) or ("txt" if file_type(file).startswith("text/") else "bin")
+    return f"{file.name or 'document'}.{ending}"
+
+
 def image_of_url(url: Any, detail: Any = None) -> Image:
     """An image block of a `data:` or https URL."""
     media_type, data = split_data_url(url) if isinstance(url, str) else (None, None)
@@ -2473,14 +2515,14 @@ def chat_wire_image(image: Image) -> Optional[Json]:
 
 
 def chat_wire_file(file: File) -> Optional[Json]:
-    """{"type":"file","file":{"filename","file_data":"data:application/pdf;base64,…"}|{"file_id"}}; plain text stays text."""
-    if file.text is not None:
-        return {"type": "text", "text": file.text}
+    """{"type":"file","file":{"filename","file_data":"data:application/pdf;base64,…"}|{"file_id"}}; text files are text."""
+    words = file_note(file) or file_text(file)
+    if words is not None:
+        return {"type": "text", "text": words}
     if file.data is None and file.file_id is None:
         return None
     data = file.data if file.data is None or file.media_type is None else f"data:{file.media_type};base64,{file.data}"
-    name = file.name if file.name is not None or data is None else "document.pdf"
-    said = {"filename": name, "file_data": data, "file_id": file.file_id}
+    said = {"filename": file_name(file), "file_data": data, "file_id": file.file_id}
     return {"type": "file", "file": {name: value for name, value in said.items() if value is not None}}
 
 
@@ -3575,16 +3617,16 @@ def responses_image(image: Image) -> Optional[Json]:
 
 
 def responses_file(file: File) -> Optional[Json]:
-    """{"type":"input_file","filename","file_data":"data:application/pdf;base64,…"|…,"file_url","file_id"}; plain text stays text."""
-    if file.text is not None:
-        return {"type": "input_text", "text": file.text}
+    """{"type":"input_file","filename","file_data":"data:application/pdf;base64,…"|…,"file_url","file_id"}; text files are text."""
+    words = file_note(file) or file_text(file)
+    if words is not None:
+        return {"type": "input_text", "text": words}
     data = file.data
     if data is not None and file.media_type is not None:
         data = f"data:{file.media_type};base64,{data}"
     if data is None and file.url is None and file.file_id is None:
         return None
-    name = file.name if file.name is not None or data is None else "document.pdf"
-    said = {"filename": name, "file_data": data, "file_url": file.url, "file_id": file.file_id}
+    said = {"filename": file_name(file), "file_data": data, "file_url": file.url, "file_id": file.file_id}
     return {"type": "input_file", **{name: value for name, value in said.items() if value is not None}}
 
 
@@ -4889,7 +4931,7 @@ def messages_image(block: Json) -> Image:
 
 
 def messages_document(block: Json) -> Block:
-    """{"type":"document","source":{…},"title","context","citations"}; a source of several parts stays opaque."""
+    """{"type":"document","source":{…},"title","context","citations"}"""
     source = block.get("source")
     source = source if isinstance(source, dict) else {}
     kind, data = name_in(source, "type"), source.get("content" if source.get("type") == "content" else "data")
@@ -4958,7 +5000,19 @@ def messages_content(content: Any, path: str) -> List[Block]:
         return [Text(content)]
     if not isinstance(content, list):
         raise wrong_type(path, "a string or a list", content)
-    return [messages_block(block) for block in content]
+    return [found for block in content for found in messages_blocks(block)]
+
+
+def messages_blocks(block: Any) -> List[Block]:
+    """The hub's blocks of one content block: a document made of parts, {"source":{"type":"content","content":[…]}}, is a file
+    of its texts, and its images behind it."""
+    source = block.get("source") if name_in(block, "type") == "document" else None
+    if name_in(source, "type") != "content" or not isinstance(source.get("content"), list):
+        return [messages_block(block)]
+    parts = [messages_block(part) for part in source["content"]]
+    text = "\n\n".join(part.text for part in parts if isinstance(part, Text))
+    file = messages_document({**block, "source": {"type": "text", "media_type": "text/plain", "data": text}})
+    return ([file] if text else []) + [part for part in parts if isinstance(part, Image)]
 
 
 # ---- reading: requests ------------------------------------------------------
@@ -5093,7 +5147,9 @@ def messages_image_form(block: Image, to_client: bool) -> Optional[Json]:
 
 def messages_document_form(block: File, to_client: bool) -> Optional[Json]:
     """A document block: PDFs as base64, texts as text (the dialect has no other kinds), or where it can be had."""
-    text = messages_plain_text(block)
+    text, note = file_text(block), file_note(block)
+    if note is not None:
+        return messages_marked({"type": "text", "text": note}, block)
     if text is not None:
         source: Json = {"type": "text", "media_type": "text/plain", "data": text}
     elif block.data is not None:
@@ -5106,16 +5162,6 @@ def messages_document_form(block: File, to_client: bool) -> Optional[Json]:
     if block.name is not None:
         wire["title"] = block.name
     return messages_extended(wire, block, MESSAGES_FILE_EXTRA)
-
-
-def messages_plain_text(block: File) -> Optional[str]:
-    """The text of a text file, given as such or as base64 of a `text/…` type; None for other files."""
-    if block.text is not None or block.data is None or not (block.media_type or "").startswith("text/"):
-        return block.text
-    try:
-        return base64.b64decode(block.data).decode("utf-8")
-    except ValueError:
-        return None
 
 
 def messages_thinking_form(block: Thinking, to_client: bool) -> Optional[Json]:

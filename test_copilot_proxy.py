@@ -4575,13 +4575,27 @@ def chat_misplaced(block: Any, role: str) -> Any:
     return None if isinstance(block, cp.Opaque) and block.kind not in cp.CHAT_OPAQUE_PARTS else block
 
 
+def file_words(file: cp.File) -> Optional[str]:
+    """What is said of a file in words."""
+    if file.text is None and (file.media_type or "").startswith(("audio/", "video/")):
+        kind = file.media_type.partition("/")[0]
+        return f"[{file.name or file.url or file.media_type}: this model takes no {kind}; the file was left out.]"
+    return base64.b64decode(file.data).decode() if file.text is None and (file.media_type or "").startswith("text/") and file.data else file.text
+
+
+def file_named(file: cp.File) -> str:
+    """The name a file gets; the table's are PDFs."""
+    name = file.name or "document"
+    return name if "." in name else name + ".pdf"
+
+
 def chat_media(block: Any, role: str) -> Any:
     if isinstance(block, cp.File):
-        if block.text is not None:
-            return cp.Text(block.text)
+        if file_words(block) is not None:
+            return cp.Text(file_words(block))
         if block.data is None:
             return replace(block, url=None, media_type=None) if block.file_id is not None else None
-        return replace(block, url=None, name=block.name or "document.pdf")
+        return replace(block, url=None, name=file_named(block))
     if isinstance(block, cp.Image):
         if block.data is None:
             return replace(block, file_id=None, media_type=None) if block.url is not None else None
@@ -4852,13 +4866,13 @@ def responses_media(block: Any, role: str) -> Any:
         return block
     if role in ("assistant", "reply"):
         return None
-    if isinstance(block, cp.File) and block.text is not None:
-        return cp.Text(block.text)
+    if isinstance(block, cp.File) and file_words(block) is not None:
+        return cp.Text(file_words(block))
     if block.data is None:
         return replace(block, media_type=None) if block.url is not None or block.file_id is not None else None
     if isinstance(block, cp.Image):
         return replace(block, media_type=block.media_type or "image/png", url=None)
-    return replace(block, name=block.name or "document.pdf")
+    return replace(block, name=file_named(block))
 
 
 def responses_readable(value: Value) -> Value:
@@ -5020,9 +5034,10 @@ def messages_cited(block: Any, role: str) -> Any:
 def messages_media(block: Any, role: str) -> Any:
     if not isinstance(block, (cp.Image, cp.File)):
         return block
-    if isinstance(block, cp.File) and block.data is not None and (block.media_type or "").startswith("text/"):
-        block = replace(block, text=base64.b64decode(block.data).decode(), data=None)
-    if isinstance(block, cp.File) and block.text is not None:
+    if isinstance(block, cp.File) and file_words(block) is not None and file_words(block)[:1] == "[":
+        return cp.Text(file_words(block), cache=block.cache)
+    if isinstance(block, cp.File) and file_words(block) is not None:
+        block = replace(block, text=file_words(block), data=None)
         return cp.File("text/plain", text=block.text, name=block.name, cache=block.cache, extra=block.extra)
     kind = "image/png" if isinstance(block, cp.Image) else "application/pdf"
     kept = replace(block, detail=None) if isinstance(block, cp.Image) else block
@@ -5302,7 +5317,7 @@ LOSSES: Dict[str, List[Loss]] = {
          mend_turns(chat_one_thought)),
         ("images, files, opaque blocks, references where words are said, a user's calls; sealed compactions", "both",
          "messages of the model, the system and the developer hold text (and calls) only", mend_blocks(chat_misplaced, False)),
-        ("files by URL, images by file id; a file without a name; media types beside a URL", "request", "no slot; document.pdf; image/png",
+        ("files by URL, images by file id; a file without a name or its ending; texts, sound and film; media types beside a URL", "request", "no slot; document.pdf; image/png",
          mend_blocks(chat_media, False)),
         ("references, refusals of a user or a result", "request", "become text", mend_blocks(chat_as_text, False)),
         ("a compaction's readable summary", "request", "becomes a user's text", mend_turns(chat_compacted)),
@@ -5342,8 +5357,8 @@ LOSSES: Dict[str, List[Loss]] = {
          responses_own_results),
         ("thinking without encrypted state; redacted thinking", "both",
          "means nothing to upstream, and is refused without an id; comes back as encrypted state", mend_blocks(responses_thinking)),
-        ("images and files the model made; files of plain text; media types beside a URL; a file without a name", "both",
-         "assistant messages hold text only; become text; not sent; document.pdf", mend_blocks(responses_media)),
+        ("images and files the model made; texts, sound and film; media types beside a URL; a file without a name or its ending", "both",
+         "assistant messages hold text only; become text or a note; not sent; document.pdf", mend_blocks(responses_media)),
         ("a compaction's readable summary", "both", "becomes a user's text; the item of an answer holds encrypted state only", responses_readable),
         ("opaque blocks of other dialects, ids of our own", "both", "unknown items are not smuggled; plain items have no id on replay",
          mend_blocks(responses_opaque)),
@@ -5381,7 +5396,7 @@ LOSSES: Dict[str, List[Loss]] = {
          mend_blocks(messages_as_text, False)),
         ("citations of other dialects, of the web without index", "both", "refused; in an answer OpenAI's are put into its form",
          mend_blocks(messages_cited, False)),
-        ("files and images: detail, missing media types, base64 of texts, no source at all", "request", "no slot; guessed; sent as text",
+        ("files and images: detail, missing media types, base64 of texts, sound and film, no source at all", "request", "no slot; guessed; sent as text; a note",
          mend_blocks(messages_media, False)),
         ("thinking without signature, beside redacted; its id and cache", "both", "refused; a block of its own; no slot",
          mend_blocks(messages_thinking, False)),
@@ -5585,6 +5600,8 @@ HUB_REQUESTS: Dict[str, cp.Request] = {
     "files": ask(user(cp.File("application/pdf", PNG, name="a.pdf"), cp.File(url="https://x/y.pdf"), cp.File(file_id="file_2", name="b"))),
     "file without name": ask(user(cp.File("application/pdf", PNG))),
     "text file": ask(user(cp.File("text/plain", text="plain", name="a.txt"))),
+    "files of every kind": ask(user(cp.File("text/markdown", "IyBo", name="n"), cp.File("audio/wav", "AAAA"), cp.File("video/mp4", url="https://x/v"),
+                                    cp.File("audio/mp3", "AAAA", name="a.mp3"))),
     "raw file": ask(user(cp.File(None, PNG, name="a.pdf"))),
     "a call (responses)": ask(user("weather?"), assistant("let me see", CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("sunny")])), assistant("sunny")),
     "parallel calls": ask(user("w"), assistant(CITY_CALL, cp.ToolCall("call_2", "f", "{}")),
@@ -7062,7 +7079,7 @@ class ChatCodecRequests(unittest.TestCase):
 
     def test_rich_results_follow_all_tool_messages(self):
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
-        file = {"type": "file", "file": {"filename": "a", "file_data": f"data:application/pdf;base64,{PNG}"}}
+        file = {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{PNG}"}}
         self.assertEqual([
             {"role": "tool", "tool_call_id": "call_1", "content": "shot"},
             {"role": "tool", "tool_call_id": "call_2", "content": "The result follows in the next user message."},
@@ -7545,11 +7562,18 @@ class MessagesCodecRequests(unittest.TestCase):
                 MESSAGES_CODEC.decode_request({**good, name: value})
             self.assertIn(name, caught.exception.message)
 
-    def test_opaque_documents(self):
-        block = {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {}}]}}
-        request = MESSAGES_CODEC.decode_request({"model": "m", "max_tokens": 1,
-                                                 "messages": [{"role": "user", "content": [block, {"type": "text", "text": "x"}]}]})
-        self.assertEqual(MESSAGES_CODEC.encode_request(request)["messages"][0]["content"][0], block)
+    def test_a_document_made_of_parts_is_its_texts_and_its_images(self):
+        parts = [{"type": "text", "text": "a"}, PNG_BLOCK, {"type": "text", "text": "b"}]
+        for content, wanted in ((parts, [cp.File("text/plain", text="a\n\nb", name="t"), cp.Image("image/png", PNG_BLOCK["source"]["data"])]),
+                                ("whole", [cp.File(None, text="whole", name="t")]), (parts[1:2], [cp.Image("image/png", PNG_BLOCK["source"]["data"])]), ([], [])):
+            block = {"type": "document", "title": "t", "source": {"type": "content", "content": content}}
+            for place in ([block], [{"type": "tool_result", "tool_use_id": "c", "content": [block]}]):
+                request = MESSAGES_CODEC.decode_request({"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": [*place, {"type": "text", "text": "x"}]}]})
+                first = request.messages[0].content[0]
+                self.assertEqual(wanted, first.content if isinstance(first, cp.ToolResult) else request.messages[0].content[:-1])
+                for codec in (CHAT_CODEC, RESPONSES_CODEC):
+                    told = json.dumps(codec.encode_request(request))
+                    self.assertTrue(all(json.dumps(part.text)[1:-1] in told for part in wanted if isinstance(part, cp.File)), told)
 
     def test_native_compaction_is_read(self):
         request = MESSAGES_CODEC.decode_request({"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
@@ -8004,6 +8028,31 @@ class GeminiCodecCarriers(unittest.TestCase):
             opened = [found for block in history for found in opened_blocks(block, "o1", cp.MESSAGES)]
             self.assertEqual(blocks, opened)
             self.assertEqual(blocks[1:], [found for block in history for found in opened_blocks(block, "o2", cp.MESSAGES)])
+
+
+class FilesOfClients(unittest.TestCase):
+    """Files whose kind the target does not take, or tells by its name; Gemini clients send everything as `inlineData`."""
+
+    def parts(self, codec: cp.Codec, media_type: str, data: bytes, name: Optional[str] = None) -> Any:
+        given = {"inlineData": {"mimeType": media_type, "data": base64.b64encode(data).decode(), **({"displayName": name} if name else {})}}
+        body = codec.encode_request(GEMINI_CODEC.decode_request({"model": "m", "contents": [{"role": "user", "parts": [given, {"text": "x"}]}]}))
+        return (body.get("messages") or body["input"])[0]["content"][0]
+
+    def test_texts_are_text_and_sound_is_a_note(self):
+        for media_type, data, wanted in (("text/plain", "é".encode(), "é"), ("text/csv; charset=utf-8", b"a,b", "a,b"), ("application/json", b"{}", "{}"),
+                                         ("audio/wav", b"RIFF", "[audio/wav: this model takes no audio; the file was left out.]"),
+                                         ("video/mp4", b"x", "[video/mp4: this model takes no video; the file was left out.]")):
+            for codec in (CHAT_CODEC, RESPONSES_CODEC, MESSAGES_CODEC):
+                part = self.parts(codec, media_type, data)
+                self.assertEqual(wanted, part["source"]["data"] if part["type"] == "document" else part["text"], (codec.name, media_type))
+
+    def test_a_name_has_the_ending_of_its_type(self):
+        word = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+        for media_type, name, wanted in (("application/pdf", None, "document.pdf"), ("application/pdf", "My report", "My report.pdf"), ("application/pdf", "a.b.pdf", "a.b.pdf"),
+                                         (word, None, "document.docx"), (word, "v1.2 of it", "v1.2 of it.docx"), ("application/octet-stream", None, "document.bin"),
+                                         ("text/plain", None, "document.txt")):  # no UTF-8, so no text
+            self.assertEqual(wanted, self.parts(CHAT_CODEC, media_type, b"\xff", name)["file"]["filename"])
+            self.assertEqual(wanted, self.parts(RESPONSES_CODEC, media_type, b"\xff", name)["filename"])
 
 
 class Compacted(unittest.TestCase):
