@@ -3742,6 +3742,27 @@ def responses_item(item: Json, path: str) -> Message:
                    [responses_block(item, kind)])
 
 
+def responses_call_id(seed: str, place: int) -> str:
+    """An id for a call that came without any, the same whenever it is read at that place."""
+    return "call_" + hashlib.sha256(f"{seed}|{place}".encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def responses_paired(messages: List[Message]) -> List[Message]:
+    """The messages; gives calls and results that have no id one: a call by its place, a result that of the first call nobody
+    has answered."""
+    calls, unanswered = 0, []  # in the order they came
+    for message in messages:
+        for block in message.content:
+            if isinstance(block, ToolCall):
+                calls, block.id = calls + 1, block.id or responses_call_id("", calls)
+                unanswered.append(block.id)
+            elif isinstance(block, ToolResult):
+                block.call_id = block.call_id or (unanswered[0] if unanswered else "")
+                if block.call_id in unanswered:
+                    unanswered.remove(block.call_id)
+    return messages
+
+
 def in_phase(blocks: List[Block], phase: Optional[str]) -> List[Block]:
     """The blocks, their texts in a phase of the answer."""
     return [replace(block, phase=phase) if phase and isinstance(block, Text) else block for block in blocks]
@@ -4090,6 +4111,7 @@ class ResponsesReader:
         self._events: List[Event] = []
         self._started = False
         self._count = 0
+        self._seed = ""  # the response's id
         self._items: Dict[int, Json] = {}  # as `output_item.added` gave them
         self._done: set = set()
         self._parts: Dict[Tuple[int, int], ResponsesPart] = {}
@@ -4204,7 +4226,8 @@ class ResponsesReader:
             return
         self._started = True
         created = response.get("created_at")
-        self._events.append(ReplyStart(text_or_none(response.get("id")) or "", text_or_none(response.get("model")) or "",
+        self._seed = text_or_none(response.get("id")) or ""
+        self._events.append(ReplyStart(self._seed, text_or_none(response.get("model")) or "",
                                        count_or_zero({"at": created}, "at"), responses_usage(response.get("usage"), event)))
 
     def _terminal(self, event: Json) -> None:
@@ -4259,12 +4282,17 @@ class ResponsesReader:
         kind = name_in(item, "type")
         if kind == "message":
             return
-        block = responses_block(item, kind)
+        block = self._block(at, item, kind)
         said = main_text(block)
         if said is not None:
             part = self._open((at, -1), opening(block))
             if said and getattr(block, "kind", None) not in ("search", "server"):  # an object is whole with its item only
                 self._more(part, said)
+
+    def _block(self, at: int, item: Json, kind: str) -> Block:
+        """The block of an item; a call has an id."""
+        block = responses_block(item, kind)
+        return replace(block, id=responses_call_id(self._seed, at)) if isinstance(block, ToolCall) and not block.id else block
 
     def _item_done(self, event: Json) -> None:
         at, item = self._place(event)[0], event.get("item")
@@ -4276,7 +4304,7 @@ class ResponsesReader:
         self._done.add(at)
         kind = name_in(item, "type") or "message"
         if kind != "message":
-            return self._complete((at, -1), responses_block(item, kind))
+            return self._complete((at, -1), self._block(at, item, kind))
         phase = text_or_none(item.get("phase")) or self._phase(at)
         for index, block in enumerate(in_phase([responses_part(part) for part in responses_list(item.get("content"))], phase)):
             if (at, index) not in self._closed:
@@ -4624,7 +4652,7 @@ class ResponsesCodec(Codec):
         text = responses_object(body, "text")
         included = TEXT_LOGPROBS in responses_list(body.get("include"))
         return Request(
-            model=want_model(body), messages=canonical(messages), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
+            model=want_model(body), messages=canonical(responses_paired(messages)), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_output_tokens"),
             temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),

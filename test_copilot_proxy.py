@@ -7343,6 +7343,16 @@ class ResponsesCodecRequests(unittest.TestCase):
         self.assertEqual([cp.Opaque("item_reference", {"id": "rs_1"})],
                          RESPONSES_CODEC.decode_request({"model": "m", "input": [{"id": "rs_1"}]}).messages[0].content)
 
+    def test_calls_and_results_without_ids_are_paired_by_their_order(self):
+        call, output = {"type": "function_call", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "output": "x"}
+        items = [call, {**call, "call_id": "own"}, call, output, {**output, "call_id": "own"}, output, output, {"role": "user", "content": "on"}, call, output]
+        blocks = [block for message in RESPONSES_CODEC.decode_request({"model": "m", "input": items}).messages for block in message.content]
+        calls = [block.id for block in blocks if isinstance(block, cp.ToolCall)]
+        self.assertEqual([calls[0], "own", calls[2], "", calls[3]], [block.call_id for block in blocks if isinstance(block, cp.ToolResult)])
+        self.assertEqual((4, True), (len(set(calls)), all(calls)))
+        again = RESPONSES_CODEC.decode_request({"model": "m", "input": items[:3]}).messages[0].content
+        self.assertEqual(calls[:3], [block.id for block in again])  # the same in a shorter history
+
     def test_a_choice_among_several_tools_offers_no_other(self):
         space = {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}]}
         tools = [{"type": "function", "name": "f"}, space, {"type": "custom", "name": "c"}, {"type": "web_search"}, {"type": "mcp", "server_label": "a"},
@@ -7416,6 +7426,18 @@ class ResponsesCodecStreams(unittest.TestCase):
                   cp.Opaque("strange", {"type": "strange", "x": 1}), cp.Thinking("raw", id="r")]
         self.assertEqual(wanted, read_back(cp.RESPONSES, [frames]).content)
         self.assertEqual(read_back(cp.RESPONSES, [frames]), RESPONSES_CODEC.decode_reply(body))
+
+    def test_a_call_without_any_id_gets_one(self):
+        item = {"type": "function_call", "name": "f", "arguments": "{}"}
+        body = {**RESPONSES_SHELL, "status": "completed", "output": [item, item]}
+        frames = numbered_frames(("response.created", {"response": RESPONSES_SHELL}), ("response.output_item.added", {"output_index": 0, "item": {**item, "arguments": ""}}),
+                                 ("response.output_item.done", {"output_index": 0, "item": item}), ("response.output_item.done", {"output_index": 1, "item": item}),
+                                 ("response.completed", {"response": {**body, "output": []}}))
+        whole = RESPONSES_CODEC.decode_reply(body)
+        self.assertEqual(whole.content, read_back(cp.RESPONSES, [frames]).content)
+        self.assertEqual(2, len({call.id for call in whole.content if call.id.startswith("call_")}))
+        opened = [event.block.id for event in hub_events(cp.RESPONSES, [frames]) if type(event) is cp.BlockStart]
+        self.assertEqual([call.id for call in whole.content], opened)
 
     def test_arguments_that_are_an_object_count_from_the_whole_item_only(self):
         """A search's item is announced with `{}`: who had taken that for a beginning would never hear the rest."""
@@ -8039,7 +8061,7 @@ class FilesOfClients(unittest.TestCase):
         return (body.get("messages") or body["input"])[0]["content"][0]
 
     def test_texts_are_text_and_sound_is_a_note(self):
-        for media_type, data, wanted in (("text/plain", "é".encode(), "é"), ("text/csv; charset=utf-8", b"a,b", "a,b"), ("application/json", b"{}", "{}"),
+        for media_type, data, wanted in (("text/plain", "é".encode(), "é"), ("text/csv; charset=utf-8", b"a,b", "a,b"), ("application/json; charset=utf-8", b"{}", "{}"),
                                          ("audio/wav", b"RIFF", "[audio/wav: this model takes no audio; the file was left out.]"),
                                          ("video/mp4", b"x", "[video/mp4: this model takes no video; the file was left out.]")):
             for codec in (CHAT_CODEC, RESPONSES_CODEC, MESSAGES_CODEC):
