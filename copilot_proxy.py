@@ -481,7 +481,8 @@ class Names:
 @dataclass
 class Usage:
     """Tokens of one answer. `cache_read` and `cache_write` are disjoint parts of `input`; `reasoning` is part
-    of `output`; `billed_nano` is what upstream says it charged (1e9 = one AI credit)."""
+    of `output`; `billed_nano` is what upstream says it charged (1e9 = one AI credit); `estimated`: counted here, because
+    upstream was not heard to its end."""
 
     input: int = 0
     output: int = 0
@@ -489,6 +490,7 @@ class Usage:
     cache_write: int = 0
     reasoning: int = 0
     billed_nano: Optional[int] = None
+    estimated: bool = False
 
     @property
     def total(self) -> int:
@@ -1829,28 +1831,40 @@ WORD = re.compile(r"\S+\s*|\s+")
 
 class TextCutter:
     """Ends the visible text of one stream where its client said, for an upstream that cannot be told: at a stop sequence,
-    or behind `most` tokens as `tokens(text)` counts them. What follows is read for its usage and dropped.
+    or behind `most` tokens as `tokens(text)` counts them. The stream ends there: who waits for upstream's end waits and pays
+    for words nobody reads. Usage is upstream's if it has come already, else counted: `prompt()` tokens of input, and what was said.
     """
 
-    def __init__(self, most: Optional[int], stops: Sequence[str], tokens: Callable[[str], int]) -> None:
+    def __init__(self, most: Optional[int], stops: Sequence[str], tokens: Callable[[str], int], prompt: Callable[[], int]) -> None:
         self._left: float = float("inf") if most is None else most
         self._stops = [stop for stop in stops if stop]
         self._tokens = tokens
+        self._prompt = prompt
+        self._heard: List[str] = []  # all that upstream said, visible or not
         self._held: Dict[int, str] = {}  # open text -> its end so far, which may be the beginning of a stop sequence
         self._cut: Optional[ReplyStop] = None
 
     def stream(self, batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
         """The stream, ended early where it must be."""
         for events in batches:
-            kept = [one for event in events for one in self._event(event)]
+            kept: List[Event] = []
+            for at, event in enumerate(events):
+                kept += self._event(event)
+                if self._cut is not None:
+                    told = [later.usage for later in events[at:] if type(later) is ReplyStop]
+                    yield [*kept, ReplyStop(self._cut.reason, told[0] if told else self._counted(), self._cut.sequence)]
+                    return
             if kept:
                 yield kept
 
+    def _counted(self) -> Usage:
+        """Usage as far as it can be known here."""
+        return Usage(input=self._prompt(), output=self._tokens("".join(self._heard)), estimated=True)
+
     def _event(self, event: Any) -> List[Event]:
         kind = type(event)
-        if self._cut is not None:
-            ending = kind is ReplyStop or kind is Fault
-            return [ReplyStop(self._cut.reason, event.usage if kind is ReplyStop else None, self._cut.sequence)] if ending else []
+        if kind is BlockDelta:
+            self._heard.append(event.text)
         if kind is BlockStart and isinstance(event.block, Text):
             self._held[event.index] = ""
         elif kind is BlockDelta and event.index in self._held:
@@ -12233,6 +12247,9 @@ class TranslatedRoad(Road):
         finally:
             exchange.usage, exchange.served_model, exchange.stop_reason = tally.usage, tally.model, tally.stop_reason
         self._remember(tally.calls, tally.thinking)
+        if tally.usage is not None and tally.usage.estimated:  # the text was cut: upstream need not say the rest
+            answer.close()
+            plan.edits.append("cut")
         if isinstance(self._framing, JsonArray):
             last += self._framing.close()
         self.finish(answer, last, tally.failure)
@@ -12437,10 +12454,11 @@ class Gateway:
         return dump_json(body) if edit_request(body, raw, plan, quirks) else raw
 
     def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
-        """What ends the text here because Responses cannot be told to."""
+        """What ends the text here because Responses cannot be told to; one for each try."""
         if plan.upstream_dialect != RESPONSES or not (request.stop or plan.cut_at):
             return None
-        return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)))
+        return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)),
+                       partial(count_request, self._estimator, request, plan.model))
 
     def _send_and_relay(self, plan: Plan, wire: bytes, road: Road, inbound: Inbound, line: ClientLine,
                         exchange: Exchange) -> None:

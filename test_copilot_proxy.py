@@ -15940,22 +15940,45 @@ class TranslatedRequests(RelayCase):
             self.assertGreater(self.post(*asking(dialect, model=model)).json[name], 1_000_000_000)
 
 
+class CutStreams(RelayCase):
+    """Where we end the text the client need not wait for upstream's end, and upstream need not say it."""
+
+    def test_a_stop_sequence_ends_client_and_upstream_at_once(self):
+        frames = script(cp.RESPONSES, ["one two ", "STOP three", " four"])
+        for dialect, stops in ((cp.CHAT, "stop"), (cp.MESSAGES, "stop_sequences")):
+            with self.subTest(dialect):
+                self.upstream.answer(RESPONSES_PATH, stream(*frames[:5], 2.0, *frames[5:]))
+                answer = self.post(*asking(dialect, model="gpt-5.4", stream=True, **{stops: ["STOP"]}))
+                self.assertEqual("", COMPLAINTS[dialect](answer.body))
+                said = cp.collect(cp.CODECS[dialect].decode_stream([cp.parse_frames(answer.body)]))
+                self.assertEqual("one two ", said.content[0].text)
+                wait_until(lambda: self.upstream.seen(RESPONSES_PATH)[-1].aborted, 1.0)
+                row = self.row(answer)
+                self.assertEqual(("ok", "stop", "cut"), (row["outcome"], row["stop_reason"], row["edits"].split(",")[-1]))
+                self.assertTrue(row["input_tokens"] and row["output_tokens"])
+
+
 class CutTexts(unittest.TestCase):
     """What upstream cannot be told to end is ended by us."""
 
-    def cut(self, pieces: Sequence[str], stops: Sequence[str] = (), most: Optional[int] = None) -> cp.Reply:
+    def cut(self, pieces: Sequence[str], stops: Sequence[str] = (), most: Optional[int] = None, apart: bool = True) -> cp.Reply:
         events = [[cp.ReplyStart("r", "m")], [cp.BlockStart(0, cp.Thinking())], [cp.BlockDelta(0, "END? no")], [cp.BlockStop(0)], [cp.BlockStart(1, cp.Text(""))],
                   *[[cp.BlockDelta(1, piece)] for piece in pieces], [cp.BlockStop(1)], [cp.BlockStart(2, cp.ToolCall("c", "f", ""))], [cp.BlockStop(2)],
                   [cp.ReplyStop("tool", cp.Usage(1, 2))]]
-        cutter = cp.TextCutter(most, stops, lambda text: len(text.split()))
-        return cp.collect(cp.lawful(cutter.stream(events), TRACE))
+        cutter = cp.TextCutter(most, stops, lambda text: len(text.split()), lambda: 100)
+        return cp.collect(cp.lawful(cutter.stream(events if apart else [[event for batch in events for event in batch]]), TRACE))
 
     def test_a_stop_sequence_is_found_however_the_text_is_cut(self):
         text = "one EN two ENDthree END"
         for size in range(1, len(text) + 1):
             reply = self.cut([text[at:at + size] for at in range(0, len(text), size)], ["END", "never"])
             self.assertEqual(["END? no", "one EN two "], [cp.main_text(block) for block in reply.content])
-            self.assertEqual(("stop", "END", 2), (reply.stop_reason, reply.stop_sequence, reply.usage.output))
+            self.assertEqual(("stop", "END"), (reply.stop_reason, reply.stop_sequence))
+
+    def test_usage_is_upstream_s_if_it_has_come_and_else_counted(self):
+        for apart, usage in ((True, cp.Usage(100, 4, estimated=True)), (False, cp.Usage(1, 2))):  # END? no a, and what came with the stop sequence
+            self.assertEqual(usage, self.cut(["a ", "bEND c"[1:]], ["END"], apart=apart).usage)
+        self.assertEqual(cp.Usage(1, 2), self.cut(["a b"], ["END"]).usage)
 
     def test_the_first_of_several_wins_and_none_loses_nothing(self):
         self.assertEqual("a", self.cut(["a b", "c d"], ["d", " b"]).content[1].text)
