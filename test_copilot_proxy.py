@@ -15947,7 +15947,7 @@ class CutStreams(RelayCase):
         frames = script(cp.RESPONSES, ["one two ", "STOP three", " four"])
         for dialect, stops in ((cp.CHAT, "stop"), (cp.MESSAGES, "stop_sequences")):
             with self.subTest(dialect):
-                self.upstream.answer(RESPONSES_PATH, stream(*frames[:5], 2.0, *frames[5:]))
+                self.upstream.answer(RESPONSES_PATH, stream(*frames[:5], *[0.02, frames[5]] * 100, *frames[6:]))
                 answer = self.post(*asking(dialect, model="gpt-5.4", stream=True, **{stops: ["STOP"]}))
                 self.assertEqual("", COMPLAINTS[dialect](answer.body))
                 said = cp.collect(cp.CODECS[dialect].decode_stream([cp.parse_frames(answer.body)]))
