@@ -7427,6 +7427,26 @@ class ResponsesCodecStreams(unittest.TestCase):
         self.assertEqual(wanted, read_back(cp.RESPONSES, [frames]).content)
         self.assertEqual(read_back(cp.RESPONSES, [frames]), RESPONSES_CODEC.decode_reply(body))
 
+    def test_skeleton_says_what_parsing_says(self):
+        chance, fitted = random.Random(5), 0
+        words = [*HUB_WORDS, '"', "\\", '","delta":"x', "\ud83d", "a\tb", '"}', '"sequence_number":5']
+        spoilt = (lambda data: data[:-1], lambda data: data + " ", lambda data: data.replace('"delta": "', '"delta": "\t'), lambda data: data.replace('_number": ', '_number": 0'),
+                  lambda data: data.replace('output_index": 0', 'output_index": 1'), lambda data: data.replace('content_index": 0', 'content_index": 1'), lambda data: data.replace('"delta"', '"delta": "y", "delta"'),
+                  lambda data: data.replace('"item_id": "', '"item_id": "\x01'), lambda data: data.replace("output_text", "refusal"),
+                  lambda data: data.replace('"logprobs": []', '"logprobs": [{"token": "a"}]'), lambda data: data.replace('_number": ', '_number": \u0663'))
+        for _ in range(300):
+            deltas = [("response.output_text.delta", {"item_id": f"id_{chance.randrange(99)}+/=", "output_index": 0, "content_index": 0, "delta": chance.choice(words),
+                                                      "logprobs": [], "obfuscation": "x" * chance.randrange(9)}) for _ in range(chance.randint(2, 14))]
+            spoil, odds = chance.choice(spoilt), chance.choice((0.1, 0.6))
+            frames = [frame if chance.random() > odds else cp.Frame(None, spoil(frame.data))
+                      for frame in numbered_frames(("response.created", {"response": RESPONSES_SHELL}), *deltas)]
+            quick, slow = cp.ResponsesReader(), cp.ResponsesReader()
+            for frame in [*frames, *numbered_frames(("response.completed", {"response": {**RESPONSES_SHELL, "status": "completed"}}))]:
+                fitted += quick._skeleton is not None and quick._skeleton.fullmatch(frame.data) is not None
+                event, slow._events = cp.load_object(frame.data), []
+                self.assertEqual([] if event is None else slow.take(event), quick.read([frame]), frame.data)
+        self.assertGreater(fitted, 500)
+
     def test_a_call_without_any_id_gets_one(self):
         item = {"type": "function_call", "name": "f", "arguments": "{}"}
         body = {**RESPONSES_SHELL, "status": "completed", "output": [item, item]}
