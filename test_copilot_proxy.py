@@ -16710,6 +16710,21 @@ class TranslatedStreamSdk(unittest.TestCase):
                 self.assert_reads_the_same(upstream, [[frame] for frame in frames], told, label, set(CLIENT_DIALECTS) - {upstream})
 
 
+    def test_a_stream_that_breaks_off_is_an_error_to_every_sdk(self):
+        """Whatever of it has come: a cut answer is never taken for a whole one."""
+        raised = tuple(importlib.import_module(name).APIError for name in ("openai", "anthropic", "google.genai.errors"))
+        for label, upstream in itertools.product(("thinking and calls", "text and refusal"), MODEL_OF):
+            frames = written(upstream, mended(upstream, HUB_REPLIES[label]))
+            for cut, client in itertools.product(range(0, len(frames) - 3, 2), CLIENT_DIALECTS):
+                with self.subTest(label, client=client, upstream=upstream, cut=cut):
+                    try:
+                        final = self.reading(client, retold(upstream, [frames[:cut]], client))
+                    except raised as error:
+                        self.assertIn("connection ended before", str(error))
+                    else:
+                        self.assertEqual((cp.RESPONSES, "failed"), (client, final.get("status")), final)
+
+
 class TranslatedStreamSdkThroughGateway(RelayCase):
     """The same through the whole gateway: what an SDK reads of a model of any upstream dialect."""
 
