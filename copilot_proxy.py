@@ -2388,8 +2388,9 @@ TEXT_TYPES = frozenset("application/" + kind for kind in (
     "json", "x-ndjson", "xml", "yaml", "x-yaml", "toml", "javascript", "x-javascript", "typescript", "x-typescript", "x-sh", "sql"))
 # What a file of a type is called at its end; OpenAI's models tell types by it.
 FILE_ENDINGS = {
-    "application/pdf": "pdf", "application/rtf": "rtf", "application/zip": "zip", "application/msword": "doc", "application/vnd.ms-excel": "xls",
-    "application/vnd.ms-powerpoint": "ppt", "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+    "application/pdf": "pdf", "application/rtf": "rtf", "application/zip": "zip", "application/msword": "doc",
+    "application/vnd.ms-excel": "xls", "application/vnd.ms-powerpoint": "ppt",
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
     "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
     "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx", "application/epub+zip": "epub"}
 SOUND_NOTE = "[{}: this model takes no {}; the file was left out.]"
@@ -2414,7 +2415,8 @@ def file_text(file: File) -> Optional[str]:
 def file_note(file: File) -> Optional[str]:
     """What is said in place of sound and film, which no upstream dialect takes (Gemini clients send them); None for other files."""
     kind = file_type(file).partition("/")[0]
-    return SOUND_NOTE.format(file.name or file.url or file_type(file), kind) if kind in ("audio", "video") and file.text is None else None
+    sounds = kind in ("audio", "video") and file.text is None
+    return SOUND_NOTE.format(file.name or file.url or file_type(file), kind) if sounds else None
 
 
 def file_name(file: File) -> Optional[str]:
@@ -2866,7 +2868,8 @@ def chat_wire_notes(text: Text, length: int, start: int) -> List[Json]:
         if not name_in(note, "url"):
             continue
         own = name_in(note, "type") == "url_citation"
-        place = {name: value for name, value in note.items() if name != "type"} if own else {"url": note["url"], "start_index": 0, "end_index": length}
+        place = {name: value for name, value in note.items() if name != "type"} if own else \
+            {"url": note["url"], "start_index": 0, "end_index": length}
         cited = {**place, "title": name_in(note, "title")}  # a string in the SDK's type
         for name in ("start_index", "end_index"):
             if start and type(cited.get(name)) is int:
@@ -3327,7 +3330,8 @@ class ChatCodec(Codec):
         return Request(
             model=want_model(body), messages=canonical(chat_message(want_object(message, f"messages.{at}"), f"messages.{at}")
                                                        for at, message in enumerate(messages)),
-            tools=allowed_tools([chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], chat_allowed(chosen)),
+            tools=allowed_tools([chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")],
+                                chat_allowed(chosen)),
             tool_choice=chat_choice(chosen),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
@@ -3912,7 +3916,8 @@ def responses_choice(value: Any) -> Optional[ToolChoice]:
 def responses_allowed(value: Any) -> List[Tool]:
     """The tools that a choice of {"type":"allowed_tools"} lists, none for any other choice."""
     listed = responses_list(value.get("tools")) if name_in(value, "type") == "allowed_tools" else []
-    return [tool for entry in listed if isinstance(entry, dict) for tool in responses_tools([entry], text_or_none(entry.get("namespace")))]
+    return [tool for entry in listed if isinstance(entry, dict)
+            for tool in responses_tools([entry], text_or_none(entry.get("namespace")))]
 
 
 def responses_wire_choice(choice: ToolChoice) -> Any:
@@ -4159,7 +4164,7 @@ class ResponsesReader:
         self._closed: set = set()
         self._called = False
         self._held: Optional[Failure] = None
-        self._spoken: Optional[Tuple[Tuple[int, int], ResponsesPart]] = None  # place and part of the last event, if it was a text's delta
+        self._spoken: Optional[Tuple[Tuple[int, int], ResponsesPart]] = None  # where the last event went, if it was a text's delta
         self._skeleton: Optional[Pattern[str]] = None  # see `responses_skeleton`
         self._learnings = 0
         self._actions: Dict[Any, Callable[[Json], None]] = {
@@ -4739,7 +4744,8 @@ class ResponsesCodec(Codec):
         text = responses_object(body, "text")
         included = TEXT_LOGPROBS in responses_list(body.get("include"))
         return Request(
-            model=want_model(body), messages=canonical(responses_paired(messages)), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
+            model=want_model(body), messages=canonical(responses_paired(messages)), tools=self._tools(body),
+            tool_choice=responses_choice(body.get("tool_choice")),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_output_tokens"),
             temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
@@ -6544,7 +6550,8 @@ def gemini_citations(candidate: Json) -> List[Json]:
 def gemini_placed(citations: Iterable[Json], text: str, before: int) -> List[Json]:
     """The citations that lie in a text with `before` bytes ahead of it, their places in its characters."""
     raw = text.encode("utf-8", "surrogatepass")
-    return [{**note, "start_index": gemini_characters(raw, note["start_index"] - before), "end_index": gemini_characters(raw, note["end_index"] - before)}
+    return [{**note, "start_index": gemini_characters(raw, note["start_index"] - before),
+             "end_index": gemini_characters(raw, note["end_index"] - before)}
             for note in citations if note["start_index"] < before + len(raw) and note["end_index"] > before]
 
 
