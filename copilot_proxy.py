@@ -89,7 +89,8 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
 from urllib.parse import parse_qsl, unquote, urlsplit
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Pattern, Sequence, Set, Tuple,
+                    Union)
 
 ###############################################################################
 #                                  Masthead                                   #
@@ -485,7 +486,8 @@ class Names:
 @dataclass
 class Usage:
     """Tokens of one answer. `cache_read` and `cache_write` are disjoint parts of `input`; `reasoning` is part
-    of `output`; `billed_nano` is what upstream says it charged (1e9 = one AI credit)."""
+    of `output`; `billed_nano` is what upstream says it charged (1e9 = one AI credit); `estimated`: counted here, because
+    upstream was not heard to its end."""
 
     input: int = 0
     output: int = 0
@@ -493,6 +495,7 @@ class Usage:
     cache_write: int = 0
     reasoning: int = 0
     billed_nano: Optional[int] = None
+    estimated: bool = False
 
     @property
     def total(self) -> int:
@@ -978,15 +981,20 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+# `json.dumps` builds an encoder at every call that wants other separators: a third of the time of a small object.
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_COMPACT_ASCII = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def dump_json(value: Any, ascii_only: bool = False) -> bytes:
     """Compact JSON. `ascii_only` is twice as fast and right for a body that came as ASCII; a lone surrogate
     (an emoji cut in two) can only be said in ASCII."""
     if not ascii_only:
         try:
-            return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+            return _COMPACT(value).encode()
         except UnicodeEncodeError:
             pass
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _COMPACT_ASCII(value).encode()
 
 
 # ---- heads ------------------------------------------------------------------
@@ -1900,28 +1908,40 @@ WORD = re.compile(r"\S+\s*|\s+")
 
 class TextCutter:
     """Ends the visible text of one stream where its client said, for an upstream that cannot be told: at a stop sequence,
-    or behind `most` tokens as `tokens(text)` counts them. What follows is read for its usage and dropped.
+    or behind `most` tokens as `tokens(text)` counts them. The stream ends there: who waits for upstream's end waits and pays
+    for words nobody reads. Usage is upstream's if it has come already, else counted: `prompt()` tokens of input, and what was said.
     """
 
-    def __init__(self, most: Optional[int], stops: Sequence[str], tokens: Callable[[str], int]) -> None:
+    def __init__(self, most: Optional[int], stops: Sequence[str], tokens: Callable[[str], int], prompt: Callable[[], int]) -> None:
         self._left: float = float("inf") if most is None else most
         self._stops = [stop for stop in stops if stop]
         self._tokens = tokens
+        self._prompt = prompt
+        self._heard: List[str] = []  # all that upstream said, visible or not
         self._held: Dict[int, str] = {}  # open text -> its end so far, which may be the beginning of a stop sequence
         self._cut: Optional[ReplyStop] = None
 
     def stream(self, batches: Iterable[List[Event]]) -> Iterator[List[Event]]:
         """The stream, ended early where it must be."""
         for events in batches:
-            kept = [one for event in events for one in self._event(event)]
+            kept: List[Event] = []
+            for at, event in enumerate(events):
+                kept += self._event(event)
+                if self._cut is not None:
+                    told = [later.usage for later in events[at:] if type(later) is ReplyStop]
+                    yield [*kept, ReplyStop(self._cut.reason, told[0] if told else self._counted(), self._cut.sequence)]
+                    return
             if kept:
                 yield kept
 
+    def _counted(self) -> Usage:
+        """Usage as far as it can be known here."""
+        return Usage(input=self._prompt(), output=self._tokens("".join(self._heard)), estimated=True)
+
     def _event(self, event: Any) -> List[Event]:
         kind = type(event)
-        if self._cut is not None:
-            ending = kind is ReplyStop or kind is Fault
-            return [ReplyStop(self._cut.reason, event.usage if kind is ReplyStop else None, self._cut.sequence)] if ending else []
+        if kind is BlockDelta:
+            self._heard.append(event.text)
         if kind is BlockStart and isinstance(event.block, Text):
             self._held[event.index] = ""
         elif kind is BlockDelta and event.index in self._held:
@@ -2073,14 +2093,31 @@ class Carriage:
         return replace(reply, content=[self.sealed(block) for block in reply.content])
 
 
+def foreign_compaction() -> ClientError:
+    """The 400 for a conversation of which the compacted part is sealed for another model (DESIGN 8): without it, all that
+    was said before is lost."""
+    return ClientError("the beginning of this conversation was compacted by another model, and only that model can read it: "
+                       "start a new conversation, or return to that model")
+
+
+def is_sealed_compaction(state: str) -> bool:
+    """Whether a state that a client keeps stands for a compacted conversation."""
+    return state.startswith(SEED_COMPACTION) and "@" in state or (unseal(state) or {}).get("k") == "compaction"
+
+
 def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
     """A block of a request with its state as this upstream made it; None for state of another origin, and for
-    thinking that carries none: it means nothing to anyone but its maker."""
+    thinking that carries none: it means nothing to anyone but its maker. A compaction may be readable besides; raises
+    ClientError 400 for one that is not."""
     if isinstance(block, Thinking):
         return opened_thinking(block, origin, upstream)
     if isinstance(block, Compaction) and block.sealed:
         facts = unseal(block.sealed)
-        return replace(block, sealed=facts["s"], id=facts.get("i")) if is_own(facts, origin) else None
+        if facts is not None and is_own(facts, origin):
+            return replace(block, sealed=facts["s"], id=facts.get("i"))
+        if not block.summary:
+            raise foreign_compaction()
+        return replace(block, sealed=None, id=None)
     if getattr(block, "seal", None):
         facts = unseal(block.seal)
         return replace(block, seal=facts["s"] if is_own(facts, origin) else None)
@@ -2088,11 +2125,13 @@ def opened(block: Block, origin: str, upstream: str) -> Optional[Block]:
 
 
 def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Block]:
-    """The thinking (or compaction) behind a carrier or one of the seeds' shapes."""
+    """The thinking (or compaction) behind a carrier or one of the seeds' shapes; raises like `opened`."""
     state = block.signature or block.redacted or ""
     facts = unseal(state)
     if facts is not None:
         if not is_own(facts, origin):
+            if facts.get("k") == "compaction":
+                raise foreign_compaction()
             return None
         if facts.get("k") == "compaction":
             return Compaction(sealed=facts["s"], id=facts.get("i"))
@@ -2100,6 +2139,8 @@ def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Blo
             return Thinking(redacted=facts["s"], id=facts.get("i"))
         return Thinking(text=str(facts.get("t") or ""), signature=facts["s"], id=facts.get("i"))
     if upstream != RESPONSES or "@" not in state:
+        if is_sealed_compaction(state):
+            raise foreign_compaction()
         return None
     text = "" if block.text == PLACEHOLDER else block.text
     if state.startswith(SEED_COMPACTION):
@@ -2111,7 +2152,10 @@ def opened_thinking(block: Thinking, origin: str, upstream: str) -> Optional[Blo
 
 def opened_blocks(block: Block, origin: str, upstream: str) -> List[Block]:
     """A block of a request, opened; state that rode on its seal (Gemini) stands before it again."""
-    facts = unseal(getattr(block, "seal", None) or "")
+    sealed = getattr(block, "seal", None)
+    if sealed is None and type(block) in (ToolCall, ToolResult) or type(block) is Text and block.text and sealed is None:
+        return [block]  # most of a long history
+    facts = unseal(sealed or "")
     if facts is None or facts.get("k") in (None, "seal"):
         found = [opened(block, origin, upstream)]
     else:
@@ -2126,7 +2170,8 @@ def is_own(facts: Optional[Json], origin: str) -> bool:
 
 def open_carriers(body: Json, dialect: str, origin: str) -> bool:
     """Opens the carriers of a wire body that is passed on as it is, where this origin made them (thinking whose text was
-    hidden); every other one goes, with the thinking it belongs to. True when there was any."""
+    hidden); every other one goes, with the thinking it belongs to. True when there was any; raises ClientError 400 for a
+    compaction among them."""
     turns = body.get("input" if dialect == RESPONSES else "messages")
     found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     changed = False
@@ -2155,13 +2200,17 @@ def open_thinking_form(block: Any, origin: str) -> Any:
 
 
 def holds_carrier(value: Any, *names: str) -> bool:
-    """Whether one of these fields of a wire object holds a carrier, or one of the seeds' shapes (no base64 has an @)."""
+    """Whether one of these fields of a wire object holds a carrier, or one of the seeds' shapes (no base64 has an @); raises
+    ClientError 400 for a compaction's."""
     said = [value[name] for name in names if isinstance(value.get(name), str)] if isinstance(value, dict) else []
-    return any(text.startswith(CARRIER_HEAD) or "@" in text for text in said)
+    found = [text for text in said if text.startswith(CARRIER_HEAD) or "@" in text]
+    if any(map(is_sealed_compaction, found)):
+        raise foreign_compaction()
+    return bool(found)
 
 
 def opened_request(request: Request, origin: str, upstream: str) -> Request:
-    """The request with every carrier of this origin opened, and foreign state left out."""
+    """The request with every carrier of this origin opened, and foreign state left out; raises like `opened`."""
     messages = []
     for message in request.messages:
         content = [found for block in message.content for found in opened_blocks(block, origin, upstream)]
@@ -2216,6 +2265,16 @@ def flatten(request: Request, names: Names, dialect: str, lacking: Any = frozens
                 for message in request.messages]
     return replace(request, tools=tools, tool_choice=choice if tools or choice is None or choice.mode != "tool" else None,
                    messages=messages)
+
+
+def allowed_tools(tools: Sequence[Tool], allowed: Sequence[Tool]) -> List[Tool]:
+    """The tools that a choice leaves: of the kind and name of one it lists, and its namespace or server if it says one. All
+    where it lists none. No other dialect has such a choice, but what is not offered is not called."""
+    def leaves(one: Tool, tool: Tool) -> bool:
+        label = (one.extra or {}).get("server_label")
+        return (one.kind, one.name) == (tool.kind, tool.name) and one.namespace in (None, tool.namespace) \
+            and label in (None, (tool.extra or {}).get("server_label"))
+    return [tool for tool in tools if not allowed or any(leaves(one, tool) for one in allowed)]
 
 
 def flat_name(name: str, namespace: Optional[str], kind: str, names: Names, powers: Any) -> str:
@@ -2411,6 +2470,50 @@ def split_data_url(url: str) -> Tuple[Optional[str], Optional[str]]:
     return head[5:].partition(";")[0] or None, data
 
 
+# Media types of texts that do not begin with `text/`.
+TEXT_TYPES = frozenset("application/" + kind for kind in (
+    "json", "x-ndjson", "xml", "yaml", "x-yaml", "toml", "javascript", "x-javascript", "typescript", "x-typescript", "x-sh", "sql"))
+# What a file of a type is called at its end; OpenAI's models tell types by it.
+FILE_ENDINGS = {
+    "application/pdf": "pdf", "application/rtf": "rtf", "application/zip": "zip", "application/msword": "doc",
+    "application/vnd.ms-excel": "xls", "application/vnd.ms-powerpoint": "ppt",
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
+    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
+    "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx", "application/epub+zip": "epub"}
+SOUND_NOTE = "[{}: this model takes no {}; the file was left out.]"
+
+
+def file_type(file: File) -> str:
+    """A file's media type without its parameters; a PDF's where none was said."""
+    return (file.media_type or "application/pdf").partition(";")[0].strip().lower()
+
+
+def file_text(file: File) -> Optional[str]:
+    """The text of a text file, given as such or as base64; None for other files."""
+    kind = file_type(file)
+    if file.text is not None or file.data is None or not (kind.startswith("text/") or kind in TEXT_TYPES):
+        return file.text
+    try:
+        return base64.b64decode(file.data).decode("utf-8")
+    except ValueError:
+        return None
+
+
+def file_note(file: File) -> Optional[str]:
+    """What is said in place of sound and film, which no upstream dialect takes (Gemini clients send them); None for other files."""
+    kind = file_type(file).partition("/")[0]
+    sounds = kind in ("audio", "video") and file.text is None
+    return SOUND_NOTE.format(file.name or file.url or file_type(file), kind) if sounds else None
+
+
+def file_name(file: File) -> Optional[str]:
+    """A name with an ending for a file that is sent by its data; the given one for any other."""
+    if file.data is None or file.name and re.search(r"\.\w{1,5}$", file.name):
+        return file.name
+    ending = FILE_ENDINGS.get(file_type(file)) or ("txt" if file_type(file).startswith("text/") else "bin")
+    return f"{file.name or 'document'}.{ending}"
+
+
 def image_of_url(url: Any, detail: Any = None) -> Image:
     """An image block of a `data:` or https URL."""
     media_type, data = split_data_url(url) if isinstance(url, str) else (None, None)
@@ -2523,14 +2626,14 @@ def chat_wire_image(image: Image) -> Optional[Json]:
 
 
 def chat_wire_file(file: File) -> Optional[Json]:
-    """{"type":"file","file":{"filename","file_data":"data:application/pdf;base64,…"}|{"file_id"}}; plain text stays text."""
-    if file.text is not None:
-        return {"type": "text", "text": file.text}
+    """{"type":"file","file":{"filename","file_data":"data:application/pdf;base64,…"}|{"file_id"}}; text files are text."""
+    words = file_note(file) or file_text(file)
+    if words is not None:
+        return {"type": "text", "text": words}
     if file.data is None and file.file_id is None:
         return None
     data = file.data if file.data is None or file.media_type is None else f"data:{file.media_type};base64,{file.data}"
-    name = file.name if file.name is not None or data is None else "document.pdf"
-    said = {"filename": name, "file_data": data, "file_id": file.file_id}
+    said = {"filename": file_name(file), "file_data": data, "file_id": file.file_id}
     return {"type": "file", "file": {name: value for name, value in said.items() if value is not None}}
 
 
@@ -2728,6 +2831,13 @@ def chat_choice(value: Any) -> Optional[ToolChoice]:
     return ToolChoice("tool", name, None, kind) if name and kind in ("function", "custom") else None
 
 
+def chat_allowed(value: Any) -> List[Tool]:
+    """The tools that a choice of {"type":"allowed_tools"} lists, none for any other choice."""
+    inner = value.get("allowed_tools") if name_in(value, "type") == "allowed_tools" else None
+    listed = inner.get("tools") if isinstance(inner, dict) else None
+    return [chat_tool(tool) for tool in listed] if isinstance(listed, list) else []
+
+
 def chat_wire_choice(choice: ToolChoice) -> Any:
     """The wire form of a choice; what is no function cannot be forced."""
     if choice.mode != "tool":
@@ -2845,8 +2955,9 @@ def chat_wire_notes(text: Text, length: int, start: int) -> List[Json]:
         if not name_in(note, "url"):
             continue
         own = name_in(note, "type") == "url_citation"
-        cited = {name: value for name, value in note.items() if name != "type"} if own else \
-            {"url": note["url"], "title": name_in(note, "title"), "start_index": 0, "end_index": length}
+        place = {name: value for name, value in note.items() if name != "type"} if own else \
+            {"url": note["url"], "start_index": 0, "end_index": length}
+        cited = {**place, "title": name_in(note, "title")}  # a string in the SDK's type
         for name in ("start_index", "end_index"):
             if start and type(cited.get(name)) is int:
                 cited[name] += start
@@ -3182,6 +3293,7 @@ class ChatWriter:
         self._open: Dict[int, ChatBlock] = {}
         self._calls = 0
         self._length = 0  # characters of the message's content before the open text
+        self._notes = 0  # annotations so far: openai's accumulator wants a number in each of a second list
         self._thought = False
         self._sealed = False
         self._usage: Optional[Usage] = None
@@ -3273,7 +3385,8 @@ class ChatWriter:
     def _text_done(self, text: Text, length: int) -> None:
         """What only a text's end tells."""
         notes, logprobs = chat_wire_notes(text, length, self._length), (text.extra or {}).get("logprobs")
-        self._length += length
+        notes = [{**note, "index": self._notes + at} for at, note in enumerate(notes)] if self._notes else notes
+        self._length, self._notes = self._length + length, self._notes + len(notes)
         if notes or logprobs:
             self._send({"annotations": notes} if notes else {}, None, {"content": logprobs, "refusal": None} if logprobs else None)
 
@@ -3305,7 +3418,9 @@ class ChatCodec(Codec):
         return Request(
             model=want_model(body), messages=canonical(chat_message(want_object(message, f"messages.{at}"), f"messages.{at}")
                                                        for at, message in enumerate(messages)),
-            tools=[chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")], tool_choice=chat_choice(chosen),
+            tools=allowed_tools([chat_tool(tool) for tool in want_list(body, "tools") + want_list(body, "functions")],
+                                chat_allowed(chosen)),
+            tool_choice=chat_choice(chosen),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_completion_tokens", "max_tokens"),
             stop=chat_stop(body.get("stop")), temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
@@ -3616,16 +3731,16 @@ def responses_image(image: Image) -> Optional[Json]:
 
 
 def responses_file(file: File) -> Optional[Json]:
-    """{"type":"input_file","filename","file_data":"data:application/pdf;base64,…"|…,"file_url","file_id"}; plain text stays text."""
-    if file.text is not None:
-        return {"type": "input_text", "text": file.text}
+    """{"type":"input_file","filename","file_data":"data:application/pdf;base64,…"|…,"file_url","file_id"}; text files are text."""
+    words = file_note(file) or file_text(file)
+    if words is not None:
+        return {"type": "input_text", "text": words}
     data = file.data
     if data is not None and file.media_type is not None:
         data = f"data:{file.media_type};base64,{data}"
     if data is None and file.url is None and file.file_id is None:
         return None
-    name = file.name if file.name is not None or data is None else "document.pdf"
-    said = {"filename": name, "file_data": data, "file_url": file.url, "file_id": file.file_id}
+    said = {"filename": file_name(file), "file_data": data, "file_url": file.url, "file_id": file.file_id}
     return {"type": "input_file", **{name: value for name, value in said.items() if value is not None}}
 
 
@@ -3641,7 +3756,9 @@ def responses_annotations(text: Text) -> List[Json]:
     """A text's citations as annotations: our own as they are, any other with a `url` as one over the whole text."""
     notes: List[Json] = []
     for note in text.citations or ():
-        if name_in(note, "type") in RESPONSES_ANNOTATIONS:
+        if name_in(note, "type") == "url_citation":
+            notes.append({**note, "title": name_in(note, "title")})  # a string in the SDK's type
+        elif name_in(note, "type") in RESPONSES_ANNOTATIONS:
             notes.append(note)
         elif name_in(note, "url"):
             notes.append({"type": "url_citation", "url": note["url"], "title": name_in(note, "title"),
@@ -3737,6 +3854,27 @@ def responses_item(item: Json, path: str) -> Message:
     # What a model says (…_call, its reasoning, its compaction) is the assistant's, the rest belongs to nobody's turn.
     return Message("assistant" if kind.endswith("_call") or kind in ("reasoning", "compaction") else "developer",
                    [responses_block(item, kind)])
+
+
+def responses_call_id(seed: str, place: int) -> str:
+    """An id for a call that came without any, the same whenever it is read at that place."""
+    return "call_" + hashlib.sha256(f"{seed}|{place}".encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def responses_paired(messages: List[Message]) -> List[Message]:
+    """The messages; gives calls and results that have no id one: a call by its place, a result that of the first call nobody
+    has answered."""
+    calls, unanswered = 0, []  # in the order they came
+    for message in messages:
+        for block in message.content:
+            if isinstance(block, ToolCall):
+                calls, block.id = calls + 1, block.id or responses_call_id("", calls)
+                unanswered.append(block.id)
+            elif isinstance(block, ToolResult):
+                block.call_id = block.call_id or (unanswered[0] if unanswered else "")
+                if block.call_id in unanswered:
+                    unanswered.remove(block.call_id)
+    return messages
 
 
 def in_phase(blocks: List[Block], phase: Optional[str]) -> List[Block]:
@@ -3861,6 +3999,13 @@ def responses_choice(value: Any) -> Optional[ToolChoice]:
     if kind in ("function", "custom"):
         return ToolChoice("tool", name, text_or_none(value.get("namespace")), kind) if name else None
     return ToolChoice("tool", kind, None, "server") if kind else None
+
+
+def responses_allowed(value: Any) -> List[Tool]:
+    """The tools that a choice of {"type":"allowed_tools"} lists, none for any other choice."""
+    listed = responses_list(value.get("tools")) if name_in(value, "type") == "allowed_tools" else []
+    return [tool for entry in listed if isinstance(entry, dict)
+            for tool in responses_tools([entry], text_or_none(entry.get("namespace")))]
 
 
 def responses_wire_choice(choice: ToolChoice) -> Any:
@@ -4068,6 +4213,23 @@ class ResponsesPart:
         self.logprobs: List[Json] = []
 
 
+RESPONSES_VARYING = re.compile(r'"(sequence_number|item_id|obfuscation|delta)"(\s*:\s*)')
+
+
+def responses_skeleton(data: str) -> Optional[Pattern[str]]:
+    """What fits a text's delta of another number, item id (Copilot's change) and padding; group 1 is the text with its
+    closing quote. None for a frame of another form."""
+    pieces = RESPONSES_VARYING.split(data)
+    pattern = re.escape(pieces[0])
+    for name, colon, rest in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+        value = re.match(r'[0-9]+(?![0-9.eE])' if name == "sequence_number" else r'"[^"\\]*(?:\\.[^"\\]*)*"', rest)
+        if value is None:
+            return None
+        form = {"sequence_number": "(?:0|[1-9][0-9]*)", "delta": r'"([^"\\]*(?:\\.[^"\\]*)*")'}.get(name, r'"[ !#-\[\]-~]*"')
+        pattern += re.escape(f'"{name}"{colon}') + form + re.escape(rest[value.end():])
+    return re.compile(pattern) if pieces[1::3].count("delta") == 1 else None
+
+
 class ResponsesReader:
     """Reads one stream: frames in, the hub's events out.
 
@@ -4076,17 +4238,23 @@ class ResponsesReader:
     `output_item.done`. What only a `…done` event says is made up for by a delta.
     """
 
+    LEARNINGS = 8  # tries in a row to learn a skeleton that no frame has fitted: more would cost more than it gains
+
     def __init__(self) -> None:
         self.ended = False
         self._events: List[Event] = []
         self._started = False
         self._count = 0
+        self._seed = ""  # the response's id
         self._items: Dict[int, Json] = {}  # as `output_item.added` gave them
         self._done: set = set()
         self._parts: Dict[Tuple[int, int], ResponsesPart] = {}
         self._closed: set = set()
         self._called = False
         self._held: Optional[Failure] = None
+        self._spoken: Optional[Tuple[Tuple[int, int], ResponsesPart]] = None  # where the last event went, if it was a text's delta
+        self._skeleton: Optional[Pattern[str]] = None  # see `responses_skeleton`
+        self._learnings = 0
         self._actions: Dict[Any, Callable[[Json], None]] = {
             "response.created": self._start, "response.in_progress": self._start, "response.queued": self._start,
             "response.output_item.added": self._added, "response.output_item.done": self._item_done,
@@ -4110,13 +4278,56 @@ class ResponsesReader:
         """The events of one batch of frames."""
         self._events = []
         for frame in frames:
+            if self._skeleton is not None and self._fits(frame.data):
+                continue
             event = load_object(frame.data)
-            if event is not None and not self.ended:
+            if event is None or self.ended:
+                continue
+            if self._goes_on(event):
+                self._learn(frame.data)
+            else:
                 self.take(event)
         return self._events
 
+    # Nearly all frames are deltas of one text that differ in a number, ids and the text only: what fits a pattern made of
+    # the last one is the same JSON but for these, and need not be parsed.
+
+    def _fits(self, data: str) -> bool:
+        """Whether a frame fits the pattern; its text has gone out then."""
+        found, spoken = self._skeleton.fullmatch(data) if self._skeleton is not None else None, self._spoken
+        if found is None or spoken is None:
+            return False
+        try:
+            text = json.decoder.scanstring(data, found.start(1))[0]
+        except ValueError:
+            return False
+        if text:
+            self._learnings = 0
+            spoken[1].texts.append(text)
+            self._events.append(BlockDelta(spoken[1].index, text))
+        return bool(text)
+
+    def _learn(self, data: str) -> None:
+        """Makes a pattern of a frame that was nothing but a delta, unless the last ones were of no use."""
+        self._learnings += 1
+        self._skeleton = responses_skeleton(data) if self._learnings <= self.LEARNINGS else None
+
+    def _goes_on(self, event: Json) -> bool:
+        """Whether a wire event was nothing but more of the text that streamed last: the short way of nearly all of them."""
+        spoken = self._spoken
+        if spoken is None or event.get("type") != "response.output_text.delta" or event.get("logprobs"):
+            return False
+        delta = event.get("delta")
+        if type(delta) is not str or not delta or (event.get("output_index"), event.get("content_index")) != spoken[0]:
+            return False
+        part = spoken[1]
+        part.texts.append(delta)
+        self._events.append(BlockDelta(part.index, delta))
+        return True
+
     def take(self, event: Json) -> List[Event]:
         """The events so far, those of one more wire event among them."""
+        self._spoken = self._skeleton = None
         kind = event.get("type")
         action = self._actions.get(kind) if type(kind) is str else None
         if action is None and isinstance(event.get("error"), dict):
@@ -4195,7 +4406,8 @@ class ResponsesReader:
             return
         self._started = True
         created = response.get("created_at")
-        self._events.append(ReplyStart(text_or_none(response.get("id")) or "", text_or_none(response.get("model")) or "",
+        self._seed = text_or_none(response.get("id")) or ""
+        self._events.append(ReplyStart(self._seed, text_or_none(response.get("model")) or "",
                                        count_or_zero({"at": created}, "at"), responses_usage(response.get("usage"), event)))
 
     def _terminal(self, event: Json) -> None:
@@ -4250,12 +4462,17 @@ class ResponsesReader:
         kind = name_in(item, "type")
         if kind == "message":
             return
-        block = responses_block(item, kind)
+        block = self._block(at, item, kind)
         said = main_text(block)
         if said is not None:
             part = self._open((at, -1), opening(block))
-            if said:
+            if said and getattr(block, "kind", None) not in ("search", "server"):  # an object is whole with its item only
                 self._more(part, said)
+
+    def _block(self, at: int, item: Json, kind: str) -> Block:
+        """The block of an item; a call has an id."""
+        block = responses_block(item, kind)
+        return replace(block, id=responses_call_id(self._seed, at)) if isinstance(block, ToolCall) and not block.id else block
 
     def _item_done(self, event: Json) -> None:
         at, item = self._place(event)[0], event.get("item")
@@ -4267,7 +4484,7 @@ class ResponsesReader:
         self._done.add(at)
         kind = name_in(item, "type") or "message"
         if kind != "message":
-            return self._complete((at, -1), responses_block(item, kind))
+            return self._complete((at, -1), self._block(at, item, kind))
         phase = text_or_none(item.get("phase")) or self._phase(at)
         for index, block in enumerate(in_phase([responses_part(part) for part in responses_list(item.get("content"))], phase)):
             if (at, index) not in self._closed:
@@ -4305,8 +4522,8 @@ class ResponsesReader:
             part = self._parts.get(place) or self._said(place, Text(""))
             if event.get("logprobs"):
                 part.logprobs += responses_list(event["logprobs"])
-            part.texts.append(delta)
-            self._events.append(BlockDelta(part.index, delta))
+            self._more(part, delta)
+            self._spoken = place, part
 
     def _refusal_delta(self, event: Json) -> None:
         delta = event.get("delta")
@@ -4615,7 +4832,8 @@ class ResponsesCodec(Codec):
         text = responses_object(body, "text")
         included = TEXT_LOGPROBS in responses_list(body.get("include"))
         return Request(
-            model=want_model(body), messages=canonical(messages), tools=self._tools(body), tool_choice=responses_choice(body.get("tool_choice")),
+            model=want_model(body), messages=canonical(responses_paired(messages)), tools=self._tools(body),
+            tool_choice=responses_choice(body.get("tool_choice")),
             parallel_tools=want_flag(body, "parallel_tool_calls") if body.get("parallel_tool_calls") is not None else None,
             stream=want_flag(body, "stream"), max_tokens=want_count(body, "max_output_tokens"),
             temperature=want_number(body, "temperature"), top_p=want_number(body, "top_p"),
@@ -4627,7 +4845,7 @@ class ResponsesCodec(Codec):
 
     @staticmethod
     def _tools(body: Json) -> List[Tool]:
-        """All tools of a body, each once, those of one namespace side by side."""
+        """The tools of a body that its choice leaves, each once, those of one namespace side by side."""
         tools = responses_tools(want_list(body, "tools"))
         known = {(tool.namespace, tool.name, tool.kind) for tool in tools}
         for item in responses_list(body.get("input")):
@@ -4637,7 +4855,7 @@ class ResponsesCodec(Codec):
                 if (tool.namespace, tool.name, tool.kind) not in known:
                     known.add((tool.namespace, tool.name, tool.kind))
                     tools.append(tool)
-        return [tool for group in by_namespace(tools) for tool in group]
+        return allowed_tools([tool for group in by_namespace(tools) for tool in group], responses_allowed(body.get("tool_choice")))
 
     def encode_request(self, request: Request) -> Json:
         """The body of a request. Nothing is ever stored, so reasoning must come back encrypted."""
@@ -4827,6 +5045,10 @@ MESSAGES_MODES = (("off", "disabled"), ("on", "enabled"), ("adaptive", "adaptive
 MESSAGES_CHOICES = (("auto", "auto"), ("required", "any"), ("tool", "tool"), ("none", "none"))  # hub, `tool_choice.type`
 MESSAGES_DISPLAYS = {"omitted": False, "summarized": True, "updates": True}
 
+# What holds arguments that are no JSON object, an input must be one: the word we write (console reference A.6), and the
+# one that histories of another seed hold (B.4).
+MESSAGES_RAW = ("raw_arguments", "_raw_arguments")
+
 # Blocks only this dialect knows; they are Opaque in the hub and re-emitted as they came.
 MESSAGES_OPAQUE = frozenset((
     "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
@@ -4869,21 +5091,23 @@ def messages_cache(block: Json) -> Optional[Json]:
 
 
 def messages_arguments(given: Any) -> str:
-    """The arguments string of a `tool_use.input`. What was no JSON object has travelled as `_raw_arguments`."""
-    if isinstance(given, dict) and len(given) == 1 and isinstance(given.get("_raw_arguments"), str):
-        return given["_raw_arguments"]
+    """The arguments string of a `tool_use.input`. Text that was no JSON has travelled under one of MESSAGES_RAW; a list does
+    not become bare again, for a tool may have a parameter `arguments`."""
+    name = next(iter(given)) if isinstance(given, dict) and len(given) == 1 else ""
+    if name in MESSAGES_RAW and isinstance(given[name], str):
+        return given[name]
     return dump_json({} if given is None else given).decode()
 
 
 def messages_input(arguments: str) -> Json:
-    """The object of an arguments string: blank is {}, text that is no JSON object becomes {"_raw_arguments":"…"}."""
+    """The object of an arguments string: blank is {}, a list {"arguments":[…]}, other text {"raw_arguments":"…"}."""
     if not arguments.strip():
         return {}
     try:
         value = parse_json(arguments.encode("utf-8", "surrogatepass"))
     except ClientError:
         value = None
-    return value if isinstance(value, dict) else {"_raw_arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value} if isinstance(value, list) else {MESSAGES_RAW[0]: arguments}
 
 
 def messages_citation_form(citation: Any, text: str, to_client: bool) -> Optional[Json]:
@@ -4916,7 +5140,7 @@ def messages_image(block: Json) -> Image:
 
 
 def messages_document(block: Json) -> Block:
-    """{"type":"document","source":{…},"title","context","citations"}; a source of several parts stays opaque."""
+    """{"type":"document","source":{…},"title","context","citations"}"""
     source = block.get("source")
     source = source if isinstance(source, dict) else {}
     kind, data = name_in(source, "type"), source.get("content" if source.get("type") == "content" else "data")
@@ -4972,7 +5196,7 @@ def messages_block(block: Any) -> Block:
 
 def messages_answer_block(block: Any) -> Block:
     """The hub's block of one content block of an answer. Results of the client's tools make no sense there, and
-    `_raw_arguments` is the model's own word: it may have read it in its history."""
+    `raw_arguments` is the model's own word: it may have read it in its history."""
     kind = name_in(block, "type")
     if kind == "tool_use":
         return replace(messages_call(block), arguments=dump_json(block.get("input") or {}).decode())
@@ -4985,7 +5209,19 @@ def messages_content(content: Any, path: str) -> List[Block]:
         return [Text(content)]
     if not isinstance(content, list):
         raise wrong_type(path, "a string or a list", content)
-    return [messages_block(block) for block in content]
+    return [found for block in content for found in messages_blocks(block)]
+
+
+def messages_blocks(block: Any) -> List[Block]:
+    """The hub's blocks of one content block: a document made of parts, {"source":{"type":"content","content":[…]}}, is a file
+    of its texts, and its images behind it."""
+    source = block.get("source") if name_in(block, "type") == "document" else None
+    if name_in(source, "type") != "content" or not isinstance(source.get("content"), list):
+        return [messages_block(block)]
+    parts = [messages_block(part) for part in source["content"]]
+    text = "\n\n".join(part.text for part in parts if isinstance(part, Text))
+    file = messages_document({**block, "source": {"type": "text", "media_type": "text/plain", "data": text}})
+    return ([file] if text else []) + [part for part in parts if isinstance(part, Image)]
 
 
 # ---- reading: requests ------------------------------------------------------
@@ -5120,7 +5356,9 @@ def messages_image_form(block: Image, to_client: bool) -> Optional[Json]:
 
 def messages_document_form(block: File, to_client: bool) -> Optional[Json]:
     """A document block: PDFs as base64, texts as text (the dialect has no other kinds), or where it can be had."""
-    text = messages_plain_text(block)
+    text, note = file_text(block), file_note(block)
+    if note is not None:
+        return messages_marked({"type": "text", "text": note}, block)
     if text is not None:
         source: Json = {"type": "text", "media_type": "text/plain", "data": text}
     elif block.data is not None:
@@ -5133,16 +5371,6 @@ def messages_document_form(block: File, to_client: bool) -> Optional[Json]:
     if block.name is not None:
         wire["title"] = block.name
     return messages_extended(wire, block, MESSAGES_FILE_EXTRA)
-
-
-def messages_plain_text(block: File) -> Optional[str]:
-    """The text of a text file, given as such or as base64 of a `text/…` type; None for other files."""
-    if block.text is not None or block.data is None or not (block.media_type or "").startswith("text/"):
-        return block.text
-    try:
-        return base64.b64decode(block.data).decode("utf-8")
-    except ValueError:
-        return None
 
 
 def messages_thinking_form(block: Thinking, to_client: bool) -> Optional[Json]:
@@ -5495,7 +5723,7 @@ class MessagesWriter:
     """Writes a stream with one block open at a time (see `sequence`): a method for each event (MESSAGES_FRAMES).
 
     Blocks get their own numbers: what the dialect cannot say (an image in an answer) leaves no gap, an empty text
-    neither. Arguments stream as they come when they open like an object; others wait and leave as `_raw_arguments`,
+    neither. Arguments stream as they come when they open like an object; others wait and leave as `raw_arguments`,
     or the SDKs raise at the first piece that is no JSON.
     """
 
@@ -6410,9 +6638,17 @@ def gemini_citations(candidate: Json) -> List[Json]:
 def gemini_placed(citations: Iterable[Json], text: str, before: int) -> List[Json]:
     """The citations that lie in a text with `before` bytes ahead of it, their places in its characters."""
     raw = text.encode("utf-8", "surrogatepass")
-    return [{**note, "start_index": len(raw[:max(0, note["start_index"] - before)].decode("utf-8", "ignore")),
-             "end_index": len(raw[:note["end_index"] - before].decode("utf-8", "ignore"))}
+    return [{**note, "start_index": gemini_characters(raw, note["start_index"] - before),
+             "end_index": gemini_characters(raw, note["end_index"] - before)}
             for note in citations if note["start_index"] < before + len(raw) and note["end_index"] > before]
+
+
+def gemini_characters(raw: bytes, size: int) -> int:
+    """How many characters of a text lie whole within its first `size` bytes; half an emoji counts as the one it is in Python."""
+    size = max(0, min(size, len(raw)))
+    while size < len(raw) and raw[size] & 0xC0 == 0x80:
+        size -= 1
+    return len(raw[:size].decode("utf-8", "surrogatepass"))
 
 
 def gemini_grounding(citations: Iterable[Tuple[Json, str, int]]) -> Json:
@@ -7256,20 +7492,18 @@ def mend_arguments(body: Json, plan: Plan) -> bool:
         for call in objects_in(turn.get("tool_calls")):
             function = call.get("function")
             if isinstance(function, dict) and load_object(str(function.get("arguments") or "")) is None:
-                function["arguments"] = raw_arguments(function.get("arguments"))
+                function["arguments"] = dump_json(messages_input(spoken(function.get("arguments")))).decode()
                 mended = True
         for block in wire_blocks(turn):
             if block.get("type") == "tool_use" and not isinstance(block.get("input"), dict):
-                block["input"] = load_object(raw_arguments(block.get("input")))
+                block["input"] = messages_input(spoken(block.get("input")))
                 mended = True
     return mended
 
 
-def raw_arguments(said: Any) -> str:
-    """The JSON object that stands for arguments which are none: `{}` for nothing at all."""
-    text = said if isinstance(said, str) else "" if said is None else dump_json(said).decode()
-    known = load_object(text)
-    return text if known is not None else dump_json({"_raw_arguments": text} if text.strip() else {}).decode()
+def spoken(arguments: Any) -> str:
+    """Arguments as the text they were meant to be."""
+    return arguments if isinstance(arguments, str) else "" if arguments is None else dump_json(arguments).decode()
 
 
 ODD_ID, PLAIN_ID = re.compile(r"[^a-zA-Z0-9_-]"), re.compile(r"[a-zA-Z0-9_-]+\Z")
@@ -8885,10 +9119,15 @@ def drop_states(body: Json, digests: Sequence[str], plan: Plan) -> bool:
 
 
 def learn_item_state(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
-    """Where an item still has its id, the id is wrong: `ids`; else the state itself is."""
-    if any(turn.get("id") is not None for turn in turns_of(body)):
+    """`ids` where the refusal is about an id and items still have theirs; else the state itself is wrong. Raises
+    ClientError 400 where that is a compaction: what it stands for is not here."""
+    about_ids = re.search(r"item_id|item id|begins with|not found", found.string, re.I)
+    if about_ids and any(turn.get("id") is not None for turn in turns_of(body)):
         return ("ids",)
-    return learn_states(found, body, plan)
+    states = learn_states(found, body, plan)
+    if states is None and any(turn.get("type") == "compaction" for turn in turns_of(body)):
+        raise foreign_compaction()
+    return states
 
 
 def drop_item_state(body: Json, lesson: Sequence[str], plan: Plan) -> bool:
@@ -10936,10 +11175,15 @@ class Recollection:
                 del self._origins[next(iter(self._origins))]
 
     def owned(self, request: Request, origin: str) -> Request:
-        """The request without such state of another origin; of unknown origin it is tried."""
+        """The request without such state of another origin; of unknown origin it is tried. Raises ClientError 400 for a
+        compaction of another origin."""
         def stays(block: Block) -> bool:
-            return not isinstance(block, Thinking) or "@" not in (block.signature or "") \
-                or self._origins.get(state_digest(block.signature), origin) == origin
+            if not isinstance(block, Thinking) or "@" not in (block.signature or "") \
+                    or self._origins.get(state_digest(block.signature), origin) == origin:
+                return True
+            if is_sealed_compaction(block.signature or ""):
+                raise foreign_compaction()
+            return False
         return replace(request, messages=[replace(message, content=list(filter(stays, message.content))) for message in request.messages])
 
     def _drop(self, call_id: str) -> None:
@@ -14497,6 +14741,9 @@ class TranslatedRoad(Road):
         finally:
             exchange.usage, exchange.served_model, exchange.stop_reason = tally.usage, tally.model, tally.stop_reason
         self._remember(tally.calls, tally.thinking)
+        if tally.usage is not None and tally.usage.estimated:  # the text was cut: upstream need not say the rest
+            answer.close()
+            plan.edits.append("cut")
         if isinstance(self._framing, JsonArray):
             last += self._framing.close()
         self.finish(answer, last, tally.failure)
@@ -14705,7 +14952,7 @@ class Gateway:
         try:
             self._permit(plan, line.stopper)
             self._repeated(partial(self._mended, plan, wire, road, inbound, line, exchange), line, exchange)
-            if exchange.outcome == "ok" and exchange.usage is not None:  # the client has its answer
+            if exchange.outcome == "ok" and exchange.usage is not None and not exchange.usage.estimated:  # the client has its answer
                 self._prompts.learn(request, plan.model, exchange.usage.input)
         except ProxyError as error:
             if not line.settle():
@@ -14746,10 +14993,11 @@ class Gateway:
         return heed(body, self._lessons.of(plan.origin, plan.upstream_dialect), plan)
 
     def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
-        """What ends the text here because Responses cannot be told to."""
+        """What ends the text here because Responses cannot be told to; one for each try."""
         if plan.upstream_dialect != RESPONSES or not (request.stop or plan.cut_at):
             return None
-        return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)))
+        return partial(TextCutter, plan.cut_at, request.stop or (), partial(self._estimator.text, family=token_family(plan.model)),
+                       partial(expected_input, self._prompts, request, plan, self._settings()))
 
     def _mended(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
         """Sends and relays; once more where a refusal says what to mend. Raises UpstreamError like `_send_and_relay`."""

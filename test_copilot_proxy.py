@@ -54,6 +54,7 @@ import time
 import unittest
 import urllib.request
 import uuid
+import warnings
 import zlib
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
@@ -4809,13 +4810,27 @@ def chat_misplaced(block: Any, role: str) -> Any:
     return None if isinstance(block, cp.Opaque) and block.kind not in cp.CHAT_OPAQUE_PARTS else block
 
 
+def file_words(file: cp.File) -> Optional[str]:
+    """What is said of a file in words."""
+    if file.text is None and (file.media_type or "").startswith(("audio/", "video/")):
+        kind = file.media_type.partition("/")[0]
+        return f"[{file.name or file.url or file.media_type}: this model takes no {kind}; the file was left out.]"
+    return base64.b64decode(file.data).decode() if file.text is None and (file.media_type or "").startswith("text/") and file.data else file.text
+
+
+def file_named(file: cp.File) -> str:
+    """The name a file gets; the table's are PDFs."""
+    name = file.name or "document"
+    return name if "." in name else name + ".pdf"
+
+
 def chat_media(block: Any, role: str) -> Any:
     if isinstance(block, cp.File):
-        if block.text is not None:
-            return cp.Text(block.text)
+        if file_words(block) is not None:
+            return cp.Text(file_words(block))
         if block.data is None:
             return replace(block, url=None, media_type=None) if block.file_id is not None else None
-        return replace(block, url=None, name=block.name or "document.pdf")
+        return replace(block, url=None, name=file_named(block))
     if isinstance(block, cp.Image):
         if block.data is None:
             return replace(block, file_id=None, media_type=None) if block.url is not None else None
@@ -4905,7 +4920,7 @@ def chat_one_answer(reply: cp.Reply) -> cp.Reply:
 def chat_cited(block: Any, role: str) -> Any:
     if not isinstance(block, cp.Text):
         return block
-    notes = [note if note.get("type") == "url_citation" else
+    notes = [{**note, "title": note.get("title") or ""} if note.get("type") == "url_citation" else
              {"type": "url_citation", "url": note["url"], "title": note.get("title") or "", "start_index": 0, "end_index": len(block.text)}
              for note in block.citations or () if note.get("url")] if role == "reply" else []
     return replace(block, citations=notes or None)
@@ -5086,13 +5101,13 @@ def responses_media(block: Any, role: str) -> Any:
         return block
     if role in ("assistant", "reply"):
         return None
-    if isinstance(block, cp.File) and block.text is not None:
-        return cp.Text(block.text)
+    if isinstance(block, cp.File) and file_words(block) is not None:
+        return cp.Text(file_words(block))
     if block.data is None:
         return replace(block, media_type=None) if block.url is not None or block.file_id is not None else None
     if isinstance(block, cp.Image):
         return replace(block, media_type=block.media_type or "image/png", url=None)
-    return replace(block, name=block.name or "document.pdf")
+    return replace(block, name=file_named(block))
 
 
 def responses_readable(value: Value) -> Value:
@@ -5254,9 +5269,10 @@ def messages_cited(block: Any, role: str) -> Any:
 def messages_media(block: Any, role: str) -> Any:
     if not isinstance(block, (cp.Image, cp.File)):
         return block
-    if isinstance(block, cp.File) and block.data is not None and (block.media_type or "").startswith("text/"):
-        block = replace(block, text=base64.b64decode(block.data).decode(), data=None)
-    if isinstance(block, cp.File) and block.text is not None:
+    if isinstance(block, cp.File) and file_words(block) is not None and file_words(block)[:1] == "[":
+        return cp.Text(file_words(block), cache=block.cache)
+    if isinstance(block, cp.File) and file_words(block) is not None:
+        block = replace(block, text=file_words(block), data=None)
         return cp.File("text/plain", text=block.text, name=block.name, cache=block.cache, extra=block.extra)
     kind = "image/png" if isinstance(block, cp.Image) else "application/pdf"
     kept = replace(block, detail=None) if isinstance(block, cp.Image) else block
@@ -5281,8 +5297,10 @@ def messages_calls(block: Any, role: str) -> Any:
     if not isinstance(block, cp.ToolCall):
         return block
     said = compact(block.arguments)
-    if role == "reply" and object_of(said) is None:
-        said = cp.dump_json({"_raw_arguments": said}).decode()
+    if said.lstrip()[:1] == "[" and object_of('{"arguments":%s}' % said):
+        said = compact('{"arguments":%s}' % said)
+    elif role == "reply" and object_of(said) is None:
+        said = cp.dump_json({"raw_arguments": said}).decode()
     return replace(block, kind="function", namespace=None, arguments=said)
 
 
@@ -5534,7 +5552,7 @@ LOSSES: Dict[str, List[Loss]] = {
          mend_turns(chat_one_thought)),
         ("images, files, opaque blocks, references where words are said, a user's calls; sealed compactions", "both",
          "messages of the model, the system and the developer hold text (and calls) only", mend_blocks(chat_misplaced, False)),
-        ("files by URL, images by file id; a file without a name; media types beside a URL", "request", "no slot; document.pdf; image/png",
+        ("files by URL, images by file id; a file without a name or its ending; texts, sound and film; media types beside a URL", "request", "no slot; document.pdf; image/png",
          mend_blocks(chat_media, False)),
         ("references, refusals of a user or a result", "request", "become text", mend_blocks(chat_as_text, False)),
         ("a compaction's readable summary", "request", "becomes a user's text", mend_turns(chat_compacted)),
@@ -5543,7 +5561,7 @@ LOSSES: Dict[str, List[Loss]] = {
          "tool messages come first and hold one text; rich parts follow under `Tool result for <id>:`", mend_turns(chat_results_first)),
         ("borders inside a system prompt", "request", "is one string", mend_turns(chat_one_system)),
         ("the place of calls among words", "request", "one list per message", mend_turns(chat_calls_last)),
-        ("citations of other kinds, of what is no answer", "both", "annotations name a URL", mend_blocks(chat_cited, False)),
+        ("citations of other kinds, of what is no answer; no title", "both", "annotations name a URL; an empty one", mend_blocks(chat_cited, False)),
         ("cache, seal, origin, extra, phase, a thinking's id", "both", "no slot", mend_blocks(chat_plain, False)),
         ("an empty text beside anything else of a turn", "request", "clients send `content: \"\"` for none", mend_turns(chat_no_empty_words)),
         ("names of results' messages", "request", "a tool message's name is the result's", mend_turns(chat_names)),
@@ -5574,14 +5592,14 @@ LOSSES: Dict[str, List[Loss]] = {
          responses_own_results),
         ("thinking without encrypted state; redacted thinking", "both",
          "means nothing to upstream, and is refused without an id; comes back as encrypted state", mend_blocks(responses_thinking)),
-        ("images and files the model made; files of plain text; media types beside a URL; a file without a name", "both",
-         "assistant messages hold text only; become text; not sent; document.pdf", mend_blocks(responses_media)),
+        ("images and files the model made; texts, sound and film; media types beside a URL; a file without a name or its ending", "both",
+         "assistant messages hold text only; become text or a note; not sent; document.pdf", mend_blocks(responses_media)),
         ("a compaction's readable summary", "both", "becomes a user's text; the item of an answer holds encrypted state only", responses_readable),
         ("opaque blocks of other dialects, ids of our own", "both", "unknown items are not smuggled; plain items have no id on replay",
          mend_blocks(responses_opaque)),
         ("results: none, errors of custom calls; references elsewhere", "request", "an empty text; no status; become text", mend_blocks(responses_results)),
         ("refusals of a user or a result; cache, seal, origin, extra, phases and citations of what is not the model's text, foreign citations", "both",
-         "become text; no slot", mend_blocks(responses_plain)),
+         "become text; no slot; a title is a text", mend_blocks(responses_plain)),
         ("calls, thoughts and opaque items in a user's message, results in the model's; extra of messages", "request", "have one side; no slot",
          responses_sides),
         ("stop reasons pause, stop, overflow, tool without a call", "reply", "status and incomplete_details say less", stop_said(cp.RESPONSES)),
@@ -5605,7 +5623,7 @@ LOSSES: Dict[str, List[Loss]] = {
          messages_choice),
         ("developer messages; late system messages; extra of messages", "request", "one system prompt; reminders in the user's turn (DESIGN 8)",
          messages_sides),
-        ("results: kind; calls: kind, namespace, spelling of arguments, in an answer what is no object", "both", "flattened before; an object on the wire",
+        ("results: kind; calls: kind, namespace, spelling of arguments, lists, in an answer what is no object", "both", "flattened before; an object on the wire",
          mend_blocks(messages_calls, False)),
         ("blocks on the wrong side", "both", "users have media and results, the model thoughts and calls; texts in a system prompt",
          mend_blocks(messages_misplaced, False)),
@@ -5613,7 +5631,7 @@ LOSSES: Dict[str, List[Loss]] = {
          mend_blocks(messages_as_text, False)),
         ("citations of other dialects, of the web without index", "both", "refused; in an answer OpenAI's are put into its form",
          mend_blocks(messages_cited, False)),
-        ("files and images: detail, missing media types, base64 of texts, no source at all", "request", "no slot; guessed; sent as text",
+        ("files and images: detail, missing media types, base64 of texts, sound and film, no source at all", "request", "no slot; guessed; sent as text; a note",
          mend_blocks(messages_media, False)),
         ("thinking without signature, beside redacted; its id and cache", "both", "refused; a block of its own; no slot",
          mend_blocks(messages_thinking, False)),
@@ -5817,6 +5835,8 @@ HUB_REQUESTS: Dict[str, cp.Request] = {
     "files": ask(user(cp.File("application/pdf", PNG, name="a.pdf"), cp.File(url="https://x/y.pdf"), cp.File(file_id="file_2", name="b"))),
     "file without name": ask(user(cp.File("application/pdf", PNG))),
     "text file": ask(user(cp.File("text/plain", text="plain", name="a.txt"))),
+    "files of every kind": ask(user(cp.File("text/markdown", "IyBo", name="n"), cp.File("audio/wav", "AAAA"), cp.File("video/mp4", url="https://x/v"),
+                                    cp.File("audio/mp3", "AAAA", name="a.mp3"))),
     "raw file": ask(user(cp.File(None, PNG, name="a.pdf"))),
     "a call (responses)": ask(user("weather?"), assistant("let me see", CITY_CALL), user(cp.ToolResult("call_1", [cp.Text("sunny")])), assistant("sunny")),
     "parallel calls": ask(user("w"), assistant(CITY_CALL, cp.ToolCall("call_2", "f", "{}")),
@@ -5895,7 +5915,7 @@ HUB_REQUESTS: Dict[str, cp.Request] = {
                                       user(cp.ToolResult("t1", [cp.Text("page"), cp.File("application/pdf", "AAAA"), cp.Image("image/jpeg", "BBBB")]),
                                            cp.ToolResult("t2", [cp.ToolReference("mcp__a__b"), cp.ToolReference("c")]), cp.ToolResult("t3", []))),
     "result text with cache": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "{}")), user(cp.ToolResult("t1", [cp.Text("x", cache=EPHEMERAL)]))),
-    "arguments that are no object": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "[1"), cp.ToolCall("t2", "R", "[1]"),
+    "arguments that are no object": capped(user(cp.Text("go")), assistant(cp.ToolCall("t1", "R", "[1"), cp.ToolCall("t2", "R", '"x"'),
                                                                           cp.ToolCall("t3", "R", '{"a":NaN}')), user(cp.ToolResult("t1", [cp.Text("")]))),
     "thinking history": capped(user("q"), assistant(cp.Thinking("hm", "sig"), cp.Thinking(redacted="data"), cp.Thinking("", "sig2"), "a"), user("b")),
     "server blocks": capped(user("q"), assistant( cp.Opaque("server_tool_use", {"type": "server_tool_use", "id": "s", "name": "web_search",
@@ -6194,7 +6214,8 @@ MESSAGES_EXAMPLES: List[Tuple[str, Value, Value]] = [
      cp.Reply("i", "m", 0, [cp.Text(""), cp.Text("a"), cp.Image(url="u"), cp.Opaque("executableCode", {}), cp.Text("b")], usage=cp.Usage()),
      cp.Reply("i", "m", 0, [cp.Text("a"), cp.Text("b")], usage=cp.Usage())),
     ("ToolCall.arguments that are no object, in an answer", cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", "not json")], usage=cp.Usage()),
-     cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", '{"_raw_arguments":"not json"}')], usage=cp.Usage())),
+     cp.Reply("i", "m", 0, [cp.ToolCall("t1", "A", '{"raw_arguments":"not json"}')], usage=cp.Usage())),
+    ("ToolCall.arguments that are a list", capped(assistant(cp.ToolCall("a", "n", "[1, 2]"))), capped(assistant(cp.ToolCall("a", "n", '{"arguments":[1,2]}')))),
     ("stop reason unknown", cp.Reply("i", "m", 0, [], "odd", usage=cp.Usage()), cp.Reply("i", "m", 0, [], usage=cp.Usage())),
 ]
 for what, sent, _ in MESSAGES_EXAMPLES:
@@ -7293,7 +7314,7 @@ class ChatCodecRequests(unittest.TestCase):
 
     def test_rich_results_follow_all_tool_messages(self):
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
-        file = {"type": "file", "file": {"filename": "a", "file_data": f"data:application/pdf;base64,{PNG}"}}
+        file = {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{PNG}"}}
         self.assertEqual([
             {"role": "tool", "tool_call_id": "call_1", "content": "shot"},
             {"role": "tool", "tool_call_id": "call_2", "content": "The result follows in the next user message."},
@@ -7349,9 +7370,25 @@ class ChatCodecRequests(unittest.TestCase):
                               ({"type": "auto"}, None), ({"type": "function", "function": 3}, None)):
             self.assertEqual(wanted, cp.chat_choice(value), value)
 
+    def test_a_choice_among_several_tools_offers_no_other(self):
+        tools = [{"type": kind, kind: {"name": name}} for kind, name in (("function", "f"), ("function", "g"), ("custom", "f"), ("custom", "h"))]
+        for mode, listed, left in (("auto", (0, 3), (0, 3)), ("required", (1, 2), (1, 2)), ("auto", (1,), (1,)), ("auto", (), (0, 1, 2, 3))):
+            request = CHAT_CODEC.decode_request(said({"role": "user", "content": "a"}, tools=tools, tool_choice={
+                "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [tools[at] for at in listed]}}))
+            self.assertEqual((cp.ToolChoice(mode), [cp.chat_tool(tools[at]) for at in left]), (request.tool_choice, request.tools))
+            self.assertEqual(len(left), len(MESSAGES_CODEC.encode_request(request)["tools"]))
+
 
 class ChatCodecStreams(unittest.TestCase):
     maxDiff = None
+
+    def test_annotations_are_numbered_from_the_second_list_on(self):
+        """openai's accumulator raises at the second list of a message whose entries have no index."""
+        untitled = {**CITED, "title": None}
+        frames = written(cp.CHAT, answer(cp.Text("ab", [untitled]), CITY_CALL, cp.Text("cd", [CITED, CITED]), stop_reason="tool"))
+        notes = [json.loads(frame.data)["choices"][0]["delta"].get("annotations") for frame in frames[:-2]]
+        self.assertEqual([[None], [1, 2]], [[note.get("index") for note in given] for given in notes if given])
+        self.assertEqual(["", "X", "X"], [note["url_citation"]["title"] for given in notes if given for note in given])
 
     def test_streams_keep_the_order_of_words_and_calls(self):
         content = [cp.Text("a"), CITY_CALL, cp.Text("b"), cp.ToolCall("c2", "f", "{}"), cp.Thinking("t", "s"), cp.Text("c"), cp.Refusal("d")]
@@ -7541,6 +7578,28 @@ class ResponsesCodecRequests(unittest.TestCase):
         self.assertEqual([cp.Opaque("item_reference", {"id": "rs_1"})],
                          RESPONSES_CODEC.decode_request({"model": "m", "input": [{"id": "rs_1"}]}).messages[0].content)
 
+    def test_calls_and_results_without_ids_are_paired_by_their_order(self):
+        call, output = {"type": "function_call", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "output": "x"}
+        items = [call, {**call, "call_id": "own"}, call, output, {**output, "call_id": "own"}, output, output, {"role": "user", "content": "on"}, call, output]
+        blocks = [block for message in RESPONSES_CODEC.decode_request({"model": "m", "input": items}).messages for block in message.content]
+        calls = [block.id for block in blocks if isinstance(block, cp.ToolCall)]
+        self.assertEqual([calls[0], "own", calls[2], "", calls[3]], [block.call_id for block in blocks if isinstance(block, cp.ToolResult)])
+        self.assertEqual((4, True), (len(set(calls)), all(calls)))
+        again = RESPONSES_CODEC.decode_request({"model": "m", "input": items[:3]}).messages[0].content
+        self.assertEqual(calls[:3], [block.id for block in again])  # the same in a shorter history
+
+    def test_a_choice_among_several_tools_offers_no_other(self):
+        space = {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}]}
+        tools = [{"type": "function", "name": "f"}, space, {"type": "custom", "name": "c"}, {"type": "web_search"}, {"type": "mcp", "server_label": "a"},
+                 {"type": "mcp", "server_label": "b"}]
+        for mode, listed, left in (
+                ("auto", [{"type": "function", "name": "f", "namespace": "ns"}, {"type": "web_search"}], [("ns", "f"), (None, "web_search")]),
+                ("required", [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}], [(None, "f"), ("ns", "f"), (None, "c")]),
+                ("auto", [{"type": "mcp", "server_label": "b"}, {"type": "function", "name": "nobody"}], [(None, "mcp")])):
+            request = RESPONSES_CODEC.decode_request({"model": "m", "input": "a", "tools": tools, "tool_choice": {"type": "allowed_tools", "mode": mode, "tools": listed}})
+            self.assertEqual((cp.ToolChoice(mode), left), (request.tool_choice, [(tool.namespace, tool.name) for tool in request.tools]))
+        self.assertEqual({"server_label": "b"}, request.tools[0].extra)
+
     def test_allowed_tools(self):
         for value, wanted in (({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, cp.ToolChoice("tool", "f")),
                               ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}] * 2}, cp.ToolChoice("required")),
@@ -7603,6 +7662,45 @@ class ResponsesCodecStreams(unittest.TestCase):
         self.assertEqual(wanted, read_back(cp.RESPONSES, [frames]).content)
         self.assertEqual(read_back(cp.RESPONSES, [frames]), RESPONSES_CODEC.decode_reply(body))
 
+    def test_skeleton_says_what_parsing_says(self):
+        chance, fitted = random.Random(5), 0
+        words = [*HUB_WORDS, '"', "\\", '","delta":"x', "\ud83d", "a\tb", '"}', '"sequence_number":5']
+        spoilt = (lambda data: data[:-1], lambda data: data + " ", lambda data: data.replace('"delta": "', '"delta": "\t'), lambda data: data.replace('_number": ', '_number": 0'),
+                  lambda data: data.replace('output_index": 0', 'output_index": 1'), lambda data: data.replace('content_index": 0', 'content_index": 1'), lambda data: data.replace('"delta"', '"delta": "y", "delta"'),
+                  lambda data: data.replace('"item_id": "', '"item_id": "\x01'), lambda data: data.replace("output_text", "refusal"),
+                  lambda data: data.replace('"logprobs": []', '"logprobs": [{"token": "a"}]'), lambda data: data.replace('_number": ', '_number": \u0663'))
+        for _ in range(300):
+            deltas = [("response.output_text.delta", {"item_id": f"id_{chance.randrange(99)}+/=", "output_index": 0, "content_index": 0, "delta": chance.choice(words),
+                                                      "logprobs": [], "obfuscation": "x" * chance.randrange(9)}) for _ in range(chance.randint(2, 14))]
+            spoil, odds = chance.choice(spoilt), chance.choice((0.1, 0.6))
+            frames = [frame if chance.random() > odds else cp.Frame(None, spoil(frame.data))
+                      for frame in numbered_frames(("response.created", {"response": RESPONSES_SHELL}), *deltas)]
+            quick, slow = cp.ResponsesReader(), cp.ResponsesReader()
+            for frame in [*frames, *numbered_frames(("response.completed", {"response": {**RESPONSES_SHELL, "status": "completed"}}))]:
+                fitted += quick._skeleton is not None and quick._skeleton.fullmatch(frame.data) is not None
+                event, slow._events = cp.load_object(frame.data), []
+                self.assertEqual([] if event is None else slow.take(event), quick.read([frame]), frame.data)
+        self.assertGreater(fitted, 500)
+
+    def test_a_call_without_any_id_gets_one(self):
+        item = {"type": "function_call", "name": "f", "arguments": "{}"}
+        body = {**RESPONSES_SHELL, "status": "completed", "output": [item, item]}
+        frames = numbered_frames(("response.created", {"response": RESPONSES_SHELL}), ("response.output_item.added", {"output_index": 0, "item": {**item, "arguments": ""}}),
+                                 ("response.output_item.done", {"output_index": 0, "item": item}), ("response.output_item.done", {"output_index": 1, "item": item}),
+                                 ("response.completed", {"response": {**body, "output": []}}))
+        whole = RESPONSES_CODEC.decode_reply(body)
+        self.assertEqual(whole.content, read_back(cp.RESPONSES, [frames]).content)
+        self.assertEqual(2, len({call.id for call in whole.content if call.id.startswith("call_")}))
+        opened = [event.block.id for event in hub_events(cp.RESPONSES, [frames]) if type(event) is cp.BlockStart]
+        self.assertEqual([call.id for call in whole.content], opened)
+
+    def test_arguments_that_are_an_object_count_from_the_whole_item_only(self):
+        """A search's item is announced with `{}`: who had taken that for a beginning would never hear the rest."""
+        for name, arguments in (("tool_search", '{"query":"x"}'), ("local_shell", '{"command":["ls"]}')):
+            call = cp.ToolCall("s", name, arguments, "search" if name == "tool_search" else "server")
+            deltas = [event.text for event in hub_events(cp.RESPONSES, [written(cp.RESPONSES, answer(call, stop_reason="tool"))]) if type(event) is cp.BlockDelta]
+            self.assertEqual([arguments], deltas)
+
     def test_annotations_and_logprobs_in_events(self):
         note, logprob = {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}, {"token": "a", "logprob": -1}
         frames = numbered_frames(("response.created", {"response": RESPONSES_SHELL}),
@@ -7610,6 +7708,7 @@ class ResponsesCodecStreams(unittest.TestCase):
                      ("response.output_text.annotation.added", {"output_index": 0, "content_index": 0, "annotation": note, "annotation_index": 0}),
                      ("response.completed", {"response": {**RESPONSES_SHELL, "status": "completed", "output": []}}))
         self.assertEqual([cp.Text("a", citations=[note], extra={"logprobs": [logprob]})], read_back(cp.RESPONSES, [frames]).content)
+        self.assertEqual([{**note, "title": ""}], cp.responses_annotations(cp.Text("a", [{**note, "title": None}])))  # the SDK's type wants a string
 
     def test_endings(self):
         def reply(kind, **response):
@@ -7740,11 +7839,18 @@ class MessagesCodecRequests(unittest.TestCase):
                 MESSAGES_CODEC.decode_request({**good, name: value})
             self.assertIn(name, caught.exception.message)
 
-    def test_opaque_documents(self):
-        block = {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {}}]}}
-        request = MESSAGES_CODEC.decode_request({"model": "m", "max_tokens": 1,
-                                                 "messages": [{"role": "user", "content": [block, {"type": "text", "text": "x"}]}]})
-        self.assertEqual(MESSAGES_CODEC.encode_request(request)["messages"][0]["content"][0], block)
+    def test_a_document_made_of_parts_is_its_texts_and_its_images(self):
+        parts = [{"type": "text", "text": "a"}, PNG_BLOCK, {"type": "text", "text": "b"}]
+        for content, wanted in ((parts, [cp.File("text/plain", text="a\n\nb", name="t"), cp.Image("image/png", PNG_BLOCK["source"]["data"])]),
+                                ("whole", [cp.File(None, text="whole", name="t")]), (parts[1:2], [cp.Image("image/png", PNG_BLOCK["source"]["data"])]), ([], [])):
+            block = {"type": "document", "title": "t", "source": {"type": "content", "content": content}}
+            for place in ([block], [{"type": "tool_result", "tool_use_id": "c", "content": [block]}]):
+                request = MESSAGES_CODEC.decode_request({"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": [*place, {"type": "text", "text": "x"}]}]})
+                first = request.messages[0].content[0]
+                self.assertEqual(wanted, first.content if isinstance(first, cp.ToolResult) else request.messages[0].content[:-1])
+                for codec in (CHAT_CODEC, RESPONSES_CODEC):
+                    told = json.dumps(codec.encode_request(request))
+                    self.assertTrue(all(json.dumps(part.text)[1:-1] in told for part in wanted if isinstance(part, cp.File)), told)
 
     def test_native_compaction_is_read(self):
         request = MESSAGES_CODEC.decode_request({"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
@@ -7829,14 +7935,16 @@ class MessagesCodecStreams(unittest.TestCase):
         self.assertEqual([(call.id, call.arguments) for call in messages_read(frames).content], [("a", "{}"), ("b", '{"b":1}')])
 
     def test_arguments_that_are_no_object_reach_the_sdk_as_one(self):
-        for pieces in (["not", " json"], ["  ", "[", "1]"], ["12"], ['"x"']):
+        for pieces in (["not", " json"], ["  ", "[", "1}"], ["12"], ['"x"'], ["[", "1, 2]"]):
             events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", ""))] + [cp.BlockDelta(0,
                                                                                                              piece) for piece in pieces] + [cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
             frames = flat_frames(MESSAGES_CODEC.encode_stream(cp.lawful([events], "t")))
             deltas = [json.loads(frame.data)["delta"]["partial_json"] for frame in frames if frame.event == "content_block_delta"]
-            self.assertEqual(json.loads("".join(deltas)), {"_raw_arguments": "".join(pieces)})
-            self.assertEqual(len(deltas), 1)
-            self.assertEqual(cp.messages_arguments(json.loads("".join(deltas))), "".join(pieces))
+            wanted = {"arguments": [1, 2]} if pieces[0] == "[" else {"raw_arguments": "".join(pieces)}
+            self.assertEqual(([wanted], wanted), ([json.loads(delta) for delta in deltas], cp.messages_input("".join(pieces))))
+            back = cp.messages_arguments(wanted)  # a list stays inside: a tool may have a parameter of that name
+            self.assertEqual('{"arguments":[1,2]}' if pieces[0] == "[" else "".join(pieces), back)
+        self.assertEqual("old", cp.messages_arguments({"_raw_arguments": "old"}))
         events = [cp.ReplyStart("i", "m"), cp.BlockStart(0, cp.ToolCall("a", "x", "")), cp.BlockDelta(0, " "), cp.BlockDelta(0, '{"a"'),
                   cp.BlockDelta(0, ":1}"), cp.BlockStop(0), cp.ReplyStop("tool", cp.Usage(1, 1))]
         self.assertEqual(messages_read(flat_frames(MESSAGES_CODEC.encode_stream([events]))).content[0].arguments, ' {"a":1}')
@@ -8116,6 +8224,13 @@ class GeminiCodecStreams(unittest.TestCase):
         self.assertEqual(whole, read_back(cp.GEMINI, [plain_frames(google_chunk({"text": "a"}, logprobsResult=chosen("a")),
                                                                    google_chunk({"text": "b"}, logprobsResult=chosen("b"), finishReason="STOP"))]))
 
+    def test_places_count_half_an_emoji_and_cut_characters_right(self):
+        text = "\ud83d é🙂 cited"
+        for start, end in ((0, 1), (2, 4), (5, 10), (0, 10)):
+            note = {**CITED, "start_index": start, "end_index": end}
+            self.assertEqual([note], GEMINI_CODEC.decode_reply(over_wire(GEMINI_CODEC.encode_reply(answer(cp.Text(text, [note]))))).content[0].citations)
+        self.assertEqual([0, 0, 0, 1, 1, 1, 1, 2], [cp.gemini_characters("é🙂a".encode(), size) for size in range(-1, 7)])
+
     def test_thoughts_only_if_asked(self):
         reply = HUB_REPLIES["thinking and call"]
         for reasoning, shown in ((None, False), (cp.Reasoning(effort="high"), False), (cp.Reasoning(visible=False), False), (cp.Reasoning(visible=True), True)):
@@ -8190,6 +8305,62 @@ class GeminiCodecCarriers(unittest.TestCase):
             opened = [found for block in history for found in opened_blocks(block, "o1", cp.MESSAGES)]
             self.assertEqual(blocks, opened)
             self.assertEqual(blocks[1:], [found for block in history for found in opened_blocks(block, "o2", cp.MESSAGES)])
+
+
+class FilesOfClients(unittest.TestCase):
+    """Files whose kind the target does not take, or tells by its name; Gemini clients send everything as `inlineData`."""
+
+    def parts(self, codec: cp.Codec, media_type: str, data: bytes, name: Optional[str] = None) -> Any:
+        given = {"inlineData": {"mimeType": media_type, "data": base64.b64encode(data).decode(), **({"displayName": name} if name else {})}}
+        body = codec.encode_request(GEMINI_CODEC.decode_request({"model": "m", "contents": [{"role": "user", "parts": [given, {"text": "x"}]}]}))
+        return (body.get("messages") or body["input"])[0]["content"][0]
+
+    def test_texts_are_text_and_sound_is_a_note(self):
+        for media_type, data, wanted in (("text/plain", "é".encode(), "é"), ("text/csv; charset=utf-8", b"a,b", "a,b"), ("application/json; charset=utf-8", b"{}", "{}"),
+                                         ("audio/wav", b"RIFF", "[audio/wav: this model takes no audio; the file was left out.]"),
+                                         ("video/mp4", b"x", "[video/mp4: this model takes no video; the file was left out.]")):
+            for codec in (CHAT_CODEC, RESPONSES_CODEC, MESSAGES_CODEC):
+                part = self.parts(codec, media_type, data)
+                self.assertEqual(wanted, part["source"]["data"] if part["type"] == "document" else part["text"], (codec.name, media_type))
+
+    def test_a_name_has_the_ending_of_its_type(self):
+        word = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+        for media_type, name, wanted in (("application/pdf", None, "document.pdf"), ("application/pdf", "My report", "My report.pdf"), ("application/pdf", "a.b.pdf", "a.b.pdf"),
+                                         (word, None, "document.docx"), (word, "v1.2 of it", "v1.2 of it.docx"), ("application/octet-stream", None, "document.bin"),
+                                         ("text/plain", None, "document.txt")):  # no UTF-8, so no text
+            self.assertEqual(wanted, self.parts(CHAT_CODEC, media_type, b"\xff", name)["file"]["filename"])
+            self.assertEqual(wanted, self.parts(RESPONSES_CODEC, media_type, b"\xff", name)["filename"])
+
+
+class Compacted(unittest.TestCase):
+    """What stands for a conversation so far goes to its maker; from another one a readable summary is taken, or it is refused."""
+
+    def opened(self, block: Any, upstream: str = cp.RESPONSES) -> List[Any]:
+        return cp.opened_request(cp.Request("m", [cp.Message("assistant", [block])]), "o1", upstream).messages[0].content
+
+    def test_its_maker_gets_it_back(self):
+        sealed = [cp.Compaction("gAA", id="cmp_1")]
+        carrier = cp.seal("compaction", "o1", "gAA", "cmp_1")
+        for block in (cp.Compaction(carrier, id="x"), cp.Thinking(signature=carrier), cp.Thinking("Thinking...", signature="cm1#gAA@cmp_1")):
+            self.assertEqual(sealed, self.opened(block))
+
+    def test_a_stranger_gets_the_summary_or_nothing(self):
+        foreign = cp.seal("compaction", "o2", "gAA", "cmp_1")
+        for state in (foreign, "gAA"):
+            self.assertEqual([cp.Compaction(summary="so far")], self.opened(cp.Compaction(state, "so far", "cmp_1")))
+            with self.assertRaises(cp.ClientError):
+                self.opened(cp.Compaction(state))
+        for upstream, block in ((cp.RESPONSES, cp.Thinking(signature=foreign)), (cp.MESSAGES, cp.Thinking(signature="cm1#gAA@cmp_1")), (cp.CHAT, cp.Text("a", seal=foreign))):
+            with self.assertRaises(cp.ClientError):
+                self.opened(block, upstream)
+
+    def test_the_seeds_shape_is_refused_where_its_maker_is_known(self):
+        recollection, state = cp.Recollection(), cp.Thinking(signature="cm1#gAA@cmp_1")
+        recollection.note([state], "o2")
+        request = cp.Request("m", [cp.Message("assistant", [state])])
+        self.assertEqual(request, recollection.owned(request, "o2"))
+        with self.assertRaises(cp.ClientError):
+            recollection.owned(request, "o1")
 
 
 class GeminiCodecErrors(unittest.TestCase):
@@ -8408,11 +8579,11 @@ EDITS = [Edit(*row) for row in (
     (PAIRS,           cp.RESPONSES, False,  items(output_item("z", output="old"), "hi"), items({"type": "message", "role": "user", "content": [{"type": "input_text", "text": LONE + "old"}]}, "hi")),
     (PAIRS,           cp.RESPONSES, False,  items(call_item("a"), output_item("a"), output_item("a", output="twice")), items(call_item("a"), output_item("a"))),
     ("arguments",     cp.CHAT,      False,  turned("hi", dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{bad"}}]), chat_result("a")),
-                                            turned("hi", dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": '{"_raw_arguments":"{bad"}'}}]), chat_result("a"))),
+                                            turned("hi", dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": '{"raw_arguments":"{bad"}'}}]), chat_result("a"))),
     ("arguments",     cp.CHAT,      False,  turned("hi", dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": ""}}]), chat_result("a")),
                                             turned("hi", chat_call("a", tool_calls=[]) and dict(chat_call("a"), tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{}"}}]), chat_result("a"))),
     ("arguments",     cp.MESSAGES,  False,  turned("hi", [used("a", input='{"x":1}'), used("b", input=[1])], [ended("a"), ended("b")]),
-                                            turned("hi", [used("a", input={"x": 1}), used("b", input={"_raw_arguments": "[1]"})], [ended("a"), ended("b")])),
+                                            turned("hi", [used("a", input={"x": 1}), used("b", input={"arguments": [1]})], [ended("a"), ended("b")])),
     ("tool_ids",      cp.MESSAGES,  False,  turned("hi", [used("a.b:1")], [ended("a.b:1")]), turned("hi", [used("a_b_1")], [ended("a_b_1")])),
     ("prefill",       cp.MESSAGES,  False,  turned("hi", "It is"),                        turned("hi", "It is", cp.CONTINUE), OPUS),
     ("prefill",       cp.CHAT,      False,  turned("hi", "It is"),                        turned("hi", "It is", cp.CONTINUE), OPUS),
@@ -17491,6 +17662,40 @@ class TranslatedRequests(RelayCase):
             self.post(*client.ask())
             self.assertEqual(kept, "encrypted_content" in json.dumps(self.upstream.seen(RESPONSES_PATH)[-1].body["input"]), model)
 
+    def test_a_compaction_that_another_model_sealed_is_refused_with_advice(self):
+        carrier, seeds = cp.seal("compaction", "0" * 12, "gAAA", "cmp_1"), "cm1#gAAA@cmp_1"
+
+        def turns(dialect: str, state: str) -> Json:
+            if dialect == cp.RESPONSES:
+                return {"input": [{"type": "compaction", "id": "cmp_1", "encrypted_content": state}, {"role": "user", "content": "on"}]}
+            if dialect == cp.GEMINI:
+                return {"contents": [{"role": "user", "parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "so", "thoughtSignature": state}]},
+                                     {"role": "user", "parts": [{"text": "on"}]}]}
+            told = {cp.MESSAGES: {"content": [{"type": "thinking", "thinking": "Thinking...", "signature": state}]},
+                    cp.CHAT: {"content": "so", "reasoning_opaque": state}}[dialect]
+            return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", **told}, {"role": "user", "content": "on"}]}
+        models = tuple(MODEL_OF.values())
+        self.upstream.switch(responses_bound_ids=False)  # it can read what nobody here knows
+        for dialect, state, refused in ((cp.RESPONSES, carrier, models), (cp.RESPONSES, "gAAA", (models[0], models[2])), (cp.MESSAGES, carrier, models),
+                                        (cp.MESSAGES, seeds, (models[0], models[2])), (cp.GEMINI, carrier, models), (cp.CHAT, carrier, models)):
+            for model in models:
+                with self.subTest(client=dialect, model=model, state=state[:5]):
+                    path, body = asking(dialect, model=model) if dialect in ASK else (GEMINI_PATH.format(model), {})
+                    answer = self.post(path, {**body, **turns(dialect, state)})
+                    if model in refused:
+                        self.assertIn("return to that model", answer.json["error"]["message"])
+                        self.assertEqual(400, answer.status)
+                    elif dialect != cp.RESPONSES:
+                        self.assertEqual(200, answer.status, answer.text[:300])
+                        self.assertIn("gAAA", json.dumps(self.upstream.seen(RESPONSES_PATH)[-1].body["input"]))
+        self.upstream.switch(responses_bound_ids=True)  # it cannot
+        for dialect, state in ((cp.RESPONSES, "gAAA"), (cp.MESSAGES, seeds)):
+            with self.subTest("upstream cannot read it", client=dialect):
+                path, body = asking(dialect, model=MODEL_OF[cp.RESPONSES])
+                answer = self.post(path, {**body, **turns(dialect, state)})
+                self.assertEqual(400, answer.status)
+                self.assertIn("return to that model", answer.json["error"]["message"])
+
     def test_whole_answers_say_when_they_were_made(self):
         for dialect, model, name in ((cp.CHAT, "gpt-5.4", "created"), (cp.RESPONSES, "gpt-4o", "created_at")):
             self.assertGreater(self.post(*asking(dialect, model=model)).json[name], 1_000_000_000)
@@ -17827,22 +18032,45 @@ WORDINGS = [
 ]
 
 
+class CutStreams(RelayCase):
+    """Where we end the text the client need not wait for upstream's end, and upstream need not say it."""
+
+    def test_a_stop_sequence_ends_client_and_upstream_at_once(self):
+        frames = script(cp.RESPONSES, ["one two ", "STOP three", " four"])
+        for dialect, stops in ((cp.CHAT, "stop"), (cp.MESSAGES, "stop_sequences")):
+            with self.subTest(dialect):
+                self.upstream.answer(RESPONSES_PATH, stream(*frames[:5], *[0.02, frames[5]] * 100, *frames[6:]))
+                answer = self.post(*asking(dialect, model="gpt-5.4", stream=True, **{stops: ["STOP"]}))
+                self.assertEqual("", COMPLAINTS[dialect](answer.body))
+                said = cp.collect(cp.CODECS[dialect].decode_stream([cp.parse_frames(answer.body)]))
+                self.assertEqual("one two ", said.content[0].text)
+                wait_until(lambda: self.upstream.seen(RESPONSES_PATH)[-1].aborted, 1.0)
+                row = self.row(answer)
+                self.assertEqual(("ok", "stop", "cut"), (row["outcome"], row["stop_reason"], row["edits"].split(",")[-1]))
+                self.assertTrue(row["input_tokens"] and row["output_tokens"])
+
+
 class CutTexts(unittest.TestCase):
     """What upstream cannot be told to end is ended by us."""
 
-    def cut(self, pieces: Sequence[str], stops: Sequence[str] = (), most: Optional[int] = None) -> cp.Reply:
+    def cut(self, pieces: Sequence[str], stops: Sequence[str] = (), most: Optional[int] = None, apart: bool = True) -> cp.Reply:
         events = [[cp.ReplyStart("r", "m")], [cp.BlockStart(0, cp.Thinking())], [cp.BlockDelta(0, "END? no")], [cp.BlockStop(0)], [cp.BlockStart(1, cp.Text(""))],
                   *[[cp.BlockDelta(1, piece)] for piece in pieces], [cp.BlockStop(1)], [cp.BlockStart(2, cp.ToolCall("c", "f", ""))], [cp.BlockStop(2)],
                   [cp.ReplyStop("tool", cp.Usage(1, 2))]]
-        cutter = cp.TextCutter(most, stops, lambda text: len(text.split()))
-        return cp.collect(cp.lawful(cutter.stream(events), TRACE))
+        cutter = cp.TextCutter(most, stops, lambda text: len(text.split()), lambda: 100)
+        return cp.collect(cp.lawful(cutter.stream(events if apart else [[event for batch in events for event in batch]]), TRACE))
 
     def test_a_stop_sequence_is_found_however_the_text_is_cut(self):
         text = "one EN two ENDthree END"
         for size in range(1, len(text) + 1):
             reply = self.cut([text[at:at + size] for at in range(0, len(text), size)], ["END", "never"])
             self.assertEqual(["END? no", "one EN two "], [cp.main_text(block) for block in reply.content])
-            self.assertEqual(("stop", "END", 2), (reply.stop_reason, reply.stop_sequence, reply.usage.output))
+            self.assertEqual(("stop", "END"), (reply.stop_reason, reply.stop_sequence))
+
+    def test_usage_is_upstream_s_if_it_has_come_and_else_counted(self):
+        for apart, usage in ((True, cp.Usage(100, 4, estimated=True)), (False, cp.Usage(1, 2))):  # END? no a, and what came with the stop sequence
+            self.assertEqual(usage, self.cut(["a ", "bEND c"[1:]], ["END"], apart=apart).usage)
+        self.assertEqual(cp.Usage(1, 2), self.cut(["a b"], ["END"]).usage)
 
     def test_the_first_of_several_wins_and_none_loses_nothing(self):
         self.assertEqual("a", self.cut(["a b", "c d"], ["d", " b"]).content[1].text)
@@ -18292,10 +18520,9 @@ class CodexDriverTest(DriverCase):
 
 
 def told_in_full() -> List[Tuple[str, cp.Reply]]:
-    """The answers whose opaque items and citations are as an upstream gives them: the SDKs' types are strict."""
+    """The answers whose opaque items are as an upstream gives them: the SDKs' types are strict."""
     def real(block: Any) -> bool:
-        return not (isinstance(block, cp.Opaque) and block.kind == "web_search_call" and "action" not in block.raw or
-                    isinstance(block, cp.Text) and any("title" in note and note["title"] is None for note in block.citations or ()))
+        return not (isinstance(block, cp.Opaque) and block.kind == "web_search_call" and "action" not in block.raw)
     return [(label, reply) for label, reply in HUB_REPLIES.items() if all(map(real, reply.content))]
 
 
@@ -18392,6 +18619,219 @@ class MessagesCodecSdk(unittest.TestCase):
                              {k: want[k] for k in ("id", "content", "stop_reason", "stop_sequence", "model")}, label)
             for name in ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"):
                 self.assertEqual(got["usage"][name], want["usage"][name])
+
+
+def sdk_transport(serve: Callable[[str], bytes]) -> Any:
+    """An HTTP client as the SDKs take one, whose answers to a path are streams of bytes; no socket is opened."""
+    http = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")  # newer SDKs build on the second
+    return http.Client(transport=http.MockTransport(lambda request: http.Response(
+        200, headers={"content-type": "text/event-stream"}, content=serve(request.url.path))))
+
+
+def openai_sdk(url: str, http: Any = None) -> Any:
+    """The official client of OpenAI's two dialects."""
+    return importlib.import_module("openai").OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, http_client=http)
+
+
+def anthropic_sdk(url: str, http: Any = None) -> Any:
+    """The official client of Messages."""
+    return importlib.import_module("anthropic").Anthropic(base_url=url, api_key="any", max_retries=0, http_client=http)
+
+
+def google_sdk(url: str, http: Any = None) -> Any:
+    """The official client of Gemini."""
+    genai = importlib.import_module("google.genai")
+    return genai.Client(api_key="any", http_options=genai.types.HttpOptions(base_url=url, httpx_client=http))
+
+
+def read_by_chat_sdk(sdk: Any, model: str) -> Json:
+    """What the accumulator of a chat stream ends with."""
+    with sdk.chat.completions.stream(model=model, messages=[{"role": "user", "content": "hi"}], stream_options={"include_usage": True}) as stream:
+        stream.until_done()
+        final = stream.current_completion_snapshot.to_dict()
+        final["choices"][0]["message"].pop("parsed", None)  # there or not, by the order in which parts ended
+        return final
+
+
+def read_by_responses_sdk(sdk: Any, model: str) -> Json:
+    """The last response object of a stream, and the texts and arguments its accumulator made of the deltas."""
+    made: Json = {}
+    with sdk.responses.stream(model=model, input="hi", store=False) as stream:
+        for event in stream:
+            if getattr(event, "snapshot", None) is not None:
+                made[f"{event.type} {event.output_index} {getattr(event, 'content_index', '')}"] = event.snapshot
+        return {**event.response.to_dict(), "accumulated": made}
+
+
+def read_by_messages_sdk(sdk: Any, model: str) -> Json:
+    """The final message of a stream."""
+    with sdk.messages.stream(model=model, max_tokens=5000, messages=[{"role": "user", "content": "hi"}]) as stream:
+        return stream.get_final_message().to_dict()
+
+
+def read_by_google_sdk(sdk: Any, model: str) -> Json:
+    """The chunks of a stream as one answer; the SDK has no accumulator. Neighbouring texts of one kind are one part, signed
+    where the first of them is."""
+    final: Json = {}
+    parts: List[Json] = []
+    for chunk in sdk.models.generate_content_stream(model=model, contents="hi", config={"thinking_config": {"include_thoughts": True}}):
+        said = json.loads(chunk.model_dump_json(exclude_none=True, exclude={"sdk_http_response", "parsed"}))
+        for candidate in said.pop("candidates", ()):
+            for part in candidate.pop("content", {}).get("parts", ()):
+                if parts and "text" in parts[-1] and set(part) <= {"text", "thought"} and part.get("thought") == parts[-1].get("thought"):
+                    parts[-1]["text"] += part["text"]
+                else:
+                    parts.append(part)
+            final.update(candidate)
+        final.update(said)
+    return {**final, "parts": parts}
+
+
+# client dialect -> (package, its client, how it reads a stream)
+SDKS: Dict[str, Tuple[str, Callable[..., Any], Callable[[Any, str], Json]]] = {
+    cp.CHAT: ("openai", openai_sdk, read_by_chat_sdk), cp.RESPONSES: ("openai", openai_sdk, read_by_responses_sdk),
+    cp.MESSAGES: ("anthropic", anthropic_sdk, read_by_messages_sdk), cp.GEMINI: ("google.genai", google_sdk, read_by_google_sdk)}
+SDK_CHANCES = 40  # answers by chance; each is read for every ordered pair
+
+
+def readable_by_sdks(reply: cp.Reply) -> bool:
+    """Whether the SDKs take an answer at all, whoever streams it: anthropic's refuses half an emoji in arguments, google's
+    one in text; openai's refuses two items of one id."""
+    ids = [block.id if isinstance(block, (cp.Thinking, cp.Compaction)) else block.raw.get("id") for block in reply.content
+           if isinstance(block, (cp.Thinking, cp.Compaction, cp.Opaque))]
+    named = [id for id in ids if id is not None]
+    return "ud83d" not in repr(reply) and len(named) == len(set(named))
+
+
+def masked(value: Any, *names: str) -> Any:
+    """The value with what stands under these names hidden, however deep."""
+    if isinstance(value, dict):
+        return {name: "?" if name in names else masked(inner, *names) for name, inner in value.items()}
+    return [masked(inner, *names) for inner in value] if isinstance(value, list) else value
+
+
+class TranslatedStreamSdk(unittest.TestCase):
+    """The SDK of a client's dialect reads every translated stream to the same final object as the untranslated one."""
+
+    optional = True
+    maxDiff = None
+
+    def setUp(self) -> None:
+        missing = sorted({reason for package, _, _ in SDKS.values() for reason in [absent(package)] if reason})
+        if missing:
+            self.skipTest("; ".join(missing))
+        self.served = b""
+        self.known: Dict[Tuple[str, bytes], Json] = {}
+        http = sdk_transport(lambda path: self.served)
+        self.sdks = {dialect: make("http://upstream.test", http) for dialect, (_, make, _) in SDKS.items()}
+
+    def reading(self, dialect: str, frames: HubFrames) -> Json:
+        """What the SDK makes of a stream."""
+        self.served = cp.format_frames(frames)
+        key = (dialect, self.served)
+        if key not in self.known:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydantic's, of blocks that the anthropic SDK's types do not list
+                self.known[key] = SDKS[dialect][2](self.sdks[dialect], "m")
+        return self.known[key]
+
+    def assert_reads_the_same(self, upstream: str, batches: Sequence[HubFrames], told: cp.Reply, label: Any, clients: Iterable[str] = CLIENT_DIALECTS) -> None:
+        """Every client's SDK reads upstream's stream, translated with its state in carriers, as `told` in its own dialect."""
+        for client in clients:
+            codec = cp.CODECS[client]
+            carriage = cp.Carriage("0" * 12, client, upstream)
+            events = carriage.stream(cp.lawful(cp.CODECS[upstream].decode_stream(batches), TRACE))
+            translated, own = flat_frames(codec.encode_stream(events)), written(client, carriage.reply(told))
+            # Messages says the lifetime of what was cached only at its start, when other upstreams have not told it yet.
+            hidden = ("cache_creation",) if client == cp.MESSAGES != upstream else ()
+            self.assertEqual(masked(self.reading(client, own), *hidden), masked(self.reading(client, translated), *hidden), (client, upstream, label))
+
+    @staticmethod
+    def replies() -> List[Tuple[Any, cp.Reply]]:
+        """The answers of the table, and some by chance."""
+        return [(label, reply) for label, reply in [*HUB_REPLIES.items(), *((seed, Chance(seed).reply()) for seed in range(SDK_CHANCES))]
+                if readable_by_sdks(reply)]
+
+    def test_every_answer_but_for_losses(self):
+        for label, reply in self.replies():
+            for upstream in MODEL_OF:
+                chance = Chance(str(label))
+                tidy = mended(upstream, mended(upstream, reply))
+                batches = list(cp.CODECS[upstream].encode_stream(cp.lawful(chance.cuts(chance.pieces(cp.replay(tidy), 40)), TRACE)))
+                self.assert_reads_the_same(upstream, batches, with_made_ids(tidy, read_back(upstream, batches)), label)
+
+    def test_answers_with_interleaved_blocks(self):
+        for label, reply in self.replies():
+            for upstream in MODEL_OF if len(reply.content) > 1 else ():
+                chance = Chance(str(label))
+                batches = list(cp.CODECS[upstream].encode_stream(cp.lawful(chance.cuts(chance.interleaved(mended(upstream, reply))), TRACE)))
+                words = sum(isinstance(block, (cp.Text, cp.Refusal, cp.Thinking)) for block in reply.content)
+                # A chat message has one place for its words: of texts that interleave, which no upstream does, it keeps no order.
+                clients = CLIENT_DIALECTS if words < 2 else set(CLIENT_DIALECTS) - {cp.CHAT}
+                self.assert_reads_the_same(upstream, batches, read_back(upstream, batches), label, clients)
+
+    def test_recorded_streams(self):
+        for upstream in MODEL_OF:
+            for label, frames in RECORDED_STREAMS[upstream].items():
+                try:
+                    told = read_back(upstream, [frames])
+                except cp.UpstreamError:
+                    continue  # one that breaks off or fails
+                self.assert_reads_the_same(upstream, [[frame] for frame in frames], told, label, set(CLIENT_DIALECTS) - {upstream})
+
+
+    def test_a_stream_that_breaks_off_is_an_error_to_every_sdk(self):
+        """Whatever of it has come: a cut answer is never taken for a whole one."""
+        raised = tuple(importlib.import_module(name).APIError for name in ("openai", "anthropic", "google.genai.errors"))
+        for label, upstream in itertools.product(("thinking and calls", "text and refusal"), MODEL_OF):
+            frames = written(upstream, mended(upstream, HUB_REPLIES[label]))
+            for cut, client in itertools.product(range(0, len(frames) - 3, 2), CLIENT_DIALECTS):
+                with self.subTest(label, client=client, upstream=upstream, cut=cut):
+                    try:
+                        final = self.reading(client, retold(upstream, [frames[:cut]], client))
+                    except raised as error:
+                        self.assertIn("connection ended before", str(error))
+                    else:
+                        self.assertEqual((cp.RESPONSES, "failed"), (client, final.get("status")), final)
+
+
+class TranslatedStreamSdkThroughGateway(RelayCase):
+    """The same through the whole gateway: what an SDK reads of a model of any upstream dialect."""
+
+    optional = True
+
+    maxDiff = None
+    ANSWERS = ("a word", "unicode", "thinking (gemini)", "thinking and calls", "text and refusal", "length (messages)", "filter (messages)", "citations")
+    # State sealed for an origin of the gateway's, times of its clock, and what Messages says at its start only.
+    HIDDEN = ("signature", "thought_signature", "reasoning_opaque", "encrypted_content", "created", "created_at", "cache_creation")
+
+    def setUp(self) -> None:
+        missing = sorted({reason for package, _, _ in SDKS.values() for reason in [absent(package)] if reason})
+        if missing:
+            self.skipTest("; ".join(missing))
+        super().setUp()
+        self.gateway.app.models.current().records[MODEL_OF[cp.MESSAGES]]["supported_endpoints"] = ["/v1/messages"]
+
+    def reading(self, client: str, upstream: str, frames: HubFrames) -> Json:
+        """What the SDK makes of the gateway's answer when upstream sends these frames."""
+        self.upstream.scripts[UPSTREAM_PATHS[upstream]].clear()
+        self.upstream.answer(UPSTREAM_PATHS[upstream], stream(*[cp.format_frames([frame]) for frame in frames]))
+        _, make, read = SDKS[client]
+        return masked(read(make(self.gateway.url), MODEL_OF[upstream]), *self.HIDDEN)
+
+    def test_an_sdk_reads_the_same_from_every_upstream(self):
+        for label in self.ANSWERS:
+            for client, upstream in itertools.product(CLIENT_DIALECTS, MODEL_OF):
+                with self.subTest(label, client=client, upstream=upstream):
+                    tidy = mended(upstream, mended(upstream, HUB_REPLIES[label]))
+                    frames = written(upstream, tidy)
+                    told = with_made_ids(tidy, read_back(upstream, [frames]))
+                    if client != upstream:
+                        told = replace(cp.Carriage("0" * 12, client, upstream).reply(told), id=cp.client_id(client, told.id, TRACE))
+                    http = sdk_transport(lambda path: cp.format_frames(written(client, told)))
+                    _, make, read = SDKS[client]
+                    own = masked(read(make("http://upstream.test", http), "m"), *self.HIDDEN)
+                    self.assertEqual(own, self.reading(client, upstream, frames))
 
 
 class DemoDriverCase(unittest.TestCase):
