@@ -7148,9 +7148,9 @@ class Quirk:
 
     `request(body, plan)` edits the body in place and says whether it did; a body that holds none of the `needles`, a
     history that shows none of the `signs` (see `history_signs`), is not looked at (none: always). `frames(plan)` makes
-    the edit of one relayed stream; beside a request edit it undoes that edit's consequence, so it runs only where the
-    edit was made. `whole(body, plan)` edits a relayed whole answer in place and says whether it did. `applies(plan)`
-    decides once per request.
+    the edit of one relayed stream, `whole(body, plan)` edits a relayed whole answer in place and says whether it did;
+    beside a request edit they undo its consequence, so they run only where it was made. `applies(plan)` decides once
+    per request.
     """
 
     name: str
@@ -7729,6 +7729,61 @@ def fit_thinking(body: Json, plan: Plan) -> bool:
     if thinking.get("display") not in ("summarized", "omitted") and ("display" in thinking or model_version(plan.model, "claude") >= (4, 7)):
         thinking["display"] = "summarized"
     return dump_json([body["thinking"], body.get("output_config")]) != before
+
+
+def ask_for_hidden_thinking(body: Json, plan: Plan) -> bool:
+    """Upstream is asked for the text that a client does not want to see: its silence trips idle limits. What comes is
+    hidden again, the signature in a carrier that holds the text (DESIGN 8, "Thinking `display`")."""
+    thinking = wire_object(body, "thinking")
+    if thinking.get("display") != "omitted" or thinking.get("type") not in ("enabled", "adaptive"):
+        return False
+    thinking["display"] = "summarized"
+    return True
+
+
+def hide_thinking(value: Json, plan: Plan) -> bool:
+    """A whole answer with the text of its thinking inside the signatures."""
+    blocks = [block for block in wire_blocks(value) if block.get("type") == "thinking"]
+    for block in blocks:
+        block["signature"] = hidden_signature(plan, str(block.get("thinking") or ""), block.get("signature"))
+        block["thinking"] = ""
+    return bool(blocks)
+
+
+def hidden_signature(plan: Plan, text: str, signature: Any) -> str:
+    """The carrier of a signature and the text it signs; nothing for thinking that is not signed."""
+    return seal("thinking", plan.origin, signature, text=text) if isinstance(signature, str) and signature else ""
+
+
+class HiddenThinking(FrameEdit):
+    """Messages frames without the text of the thinking; its signature leaves in a carrier when the block ends."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._open: Dict[Any, Tuple[List[str], List[str]]] = {}  # index -> (text, signature) so far
+
+    def touches(self, frames: bytes) -> bool:
+        return bool(self._open) or b"thinking" in frames
+
+    def edit(self, frame: bytes) -> bytes:
+        """The frame without what must not be seen; behind the last of a block what was held back."""
+        chunk = frame_json(frame) or {}
+        index, block, delta = chunk.get("index"), wire_object(chunk, "content_block"), wire_object(chunk, "delta")
+        if block.get("type") == "thinking":
+            self._open[index] = [str(block.get("thinking") or "")], [str(block.get("signature") or "")]
+            return format_sse(parse_frame(frame)[0], {**chunk, "content_block": {**block, "thinking": "", "signature": ""}})
+        if index not in self._open:
+            return frame
+        if delta.get("type") in ("thinking_delta", "signature_delta"):
+            kept = self._open[index][delta["type"] == "signature_delta"]
+            kept.append(str(delta.get("thinking") or delta.get("signature") or ""))
+            return b""
+        if chunk.get("type") != "content_block_stop":
+            return frame
+        text, signature = map("".join, self._open.pop(index))
+        signed = {"type": "signature_delta", "signature": hidden_signature(self._plan, text, signature)}
+        told = format_sse("content_block_delta", {"type": "content_block_delta", "index": index, "delta": signed})
+        return told + frame if signature else frame
 
 
 def think_adaptively(body: Json, plan: Plan) -> bool:
@@ -8828,6 +8883,8 @@ QUIRKS: Tuple[Quirk, ...] = (
           request=clamp_effort),
     Quirk("thinking",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1; DESIGN 8",
           request=fit_thinking),
+    Quirk("hidden_thinking", "copilot", (MESSAGES,),                "DESIGN 8; copilot-upstream 7.1",
+          request=ask_for_hidden_thinking, frames=HiddenThinking, whole=hide_thinking, applies=lambda plan: plan.road == "pass-through"),
     Quirk("sampling",       "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
           request=drop_sampling),
     Quirk("cache_request",  "copilot", (MESSAGES,),                 "copilot-upstream 7.1",
@@ -8938,14 +8995,18 @@ def around_delta(frame: bytes) -> Optional[Tuple[bytes, bytes, bytes]]:
     return head + name, rest[:size], rest[size:]
 
 
+def edits_of_answer(plan: Plan, quirks: Sequence[Quirk]) -> List[Quirk]:
+    """The rows that concern an answer: beside a request edit only where it was made."""
+    return [quirk for quirk in quirks if quirk.request is None or quirk.name in plan.edits]
+
+
 class FramePatch:
     """Runs the frame edits over what is relayed of one stream; a read that nobody touches passes as it is."""
 
     LEARNINGS = 8  # forms in a row that nothing has fitted: where every frame has its own, they only cost
 
     def __init__(self, plan: Plan, quirks: Sequence[Quirk]) -> None:
-        edits = [quirk.frames(plan) for quirk in quirks
-                 if quirk.frames is not None and (quirk.request is None or quirk.name in plan.edits)]
+        edits = [quirk.frames(plan) for quirk in edits_of_answer(plan, quirks) if quirk.frames is not None]
         self._inside = [edit for edit in edits if edit.inside]
         self._around = [edit for edit in edits if not edit.inside]
         self._forms: deque = deque(maxlen=3)  # newest first
@@ -14385,8 +14446,7 @@ class Planner:
         elif plan.dialect == GEMINI:
             plan.upstream_dialect = CHAT
         plan.road = "pass-through" if plan.upstream_dialect == plan.dialect else "translated"
-        account = accounts.active
-        plan.origin = origin_of(plan.provider, account.key if account else "", plan.model)
+        plan.origin = self._origin(plan)
 
     def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
         """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
@@ -14406,6 +14466,10 @@ class Planner:
         only_first = dialect == RESPONSES and settings["strictResponses"] or dialect == GEMINI and not settings["geminiFallback"]
         return choose_dialect(dialect, served, only_first)
 
+    def _origin(self, plan: Plan) -> str:
+        account = self._provider.accounts.active
+        return origin_of(plan.provider, account.key if account else "", plan.model)
+
     def choose_leniently(self, plan: Plan) -> bool:
         """The same for counting, where no name is refused; True when upstream counts for this model."""
         plan.model, _ = self._mapped(plan.asked_model)
@@ -14414,8 +14478,9 @@ class Planner:
         found = catalogue.find(plan.model) if catalogue is not None else None
         if catalogue is None or found is None:
             return False
-        plan.model = found[0]
-        served = self._served(catalogue.records[plan.model])
+        plan.model, plan.record = found[0], catalogue.records[found[0]]
+        plan.origin = self._origin(plan)
+        served = self._served(plan.record)
         plan.upstream_dialect = next((dialect for dialect in ROUTING[plan.dialect] if dialect in served), MESSAGES)
         return MESSAGES in served
 
@@ -14651,7 +14716,7 @@ class PassThroughRoad(Road):
         self._send(answer, dump_json(value), value)
 
     def _edit_and_send(self, answer: Answer, body: bytes, value: Json) -> None:
-        edited = any([quirk.whole(value, self.plan) for quirk in self._quirks if quirk.whole is not None])
+        edited = any([quirk.whole(value, self.plan) for quirk in edits_of_answer(self.plan, self._quirks) if quirk.whole is not None])
         self._send(answer, dump_json(value, ascii_only=body.isascii()) if edited else body, value)
 
     def _send(self, answer: Answer, body: bytes, value: Json) -> None:
@@ -15213,6 +15278,7 @@ class TokenCounter:
         wire = {**countable(body), "model": plan.model}
         plan.betas, plan.dropped = sift_betas(inbound.headers.get("anthropic-beta", ""))
         edit_request(wire, inbound.body, plan, quirks_for(plan))
+        open_carriers(wire, MESSAGES, plan.origin)
         try:
             answer, failure = self._sender.attempt(plan, self._accounts.bearer(stopper), dump_json(wire), stopper, inbound, exchange)
             if answer is None:

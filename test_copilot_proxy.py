@@ -8601,6 +8601,7 @@ EDITS = [Edit(*row) for row in (
     ("thinking",      cp.MESSAGES,  False,  {"thinking": {"type": "enabled", "budget_tokens": 5000}, "max_tokens": 800}, {"thinking": {"type": "disabled"}, "max_tokens": 800}, OLD),
     ("thinking",      cp.MESSAGES,  False,  {"thinking": {"type": "adaptive", "display": "updates"}}, {"thinking": {"type": "adaptive", "display": "summarized"}}, OPUS),
     ("thinking",      cp.MESSAGES,  False,  {"thinking": {"type": "adaptive"}},          {}, "gpt-4o"),
+    ("hidden_thinking", cp.MESSAGES, False, {"thinking": {"type": "adaptive", "display": "omitted"}}, {"thinking": {"type": "adaptive", "display": "summarized"}}, OPUS),
     ("sampling",      cp.MESSAGES,  False,  {"thinking": {"type": "adaptive", "display": "summarized"}, "temperature": 0.2, "top_k": 5, "top_p": 0.5},
                                             {"thinking": {"type": "adaptive", "display": "summarized"}}, OPUS),
     ("cache_request", cp.MESSAGES,  False,  turned("hi", **MARK),                         turned([txt("hi", **MARK)])),
@@ -9319,7 +9320,7 @@ class AnswerEdits(unittest.TestCase):
                         self.assertEqual(objects_of(self.patched(answer_plan(dialect, model), reads, name)), wanted)
 
     def test_every_row_of_the_table_stands_here(self):
-        own = {"tool_names"}  # what is undone depends on the request: class ToolRows
+        own = {"tool_names", "hidden_thinking"}  # what is undone depends on the request: classes ToolRows, ThinkingHidden
         self.assertEqual({quirk.name for quirk in cp.QUIRKS if quirk.frames} - own, {row[0] for row in FRAME_ROWS})
         self.assertEqual({quirk.name for quirk in cp.QUIRKS if quirk.whole} - own, {row[0] for row in WHOLE_ROWS})
 
@@ -17836,6 +17837,57 @@ class Poisoned(RelayCase):
 
     def test_the_table_names_every_dialect(self):
         self.assertEqual({name: 4 for name in POISONS}, {name: len(rows) for name, rows in POISONS.items()})
+
+
+class ThinkingHidden(RelayCase):
+    """`display: omitted` passed through: the client sees no text, upstream sees no silence, the next turn has both again."""
+
+    def test_the_text_travels_in_the_signature_and_comes_back_to_its_maker(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.upstream.model = lambda dialect, body, attempt: CALL
+                client = StoringClient(cp.MESSAGES, "claude-opus-4.8", stream)
+                client.say("hi")
+                path, body = client.ask()
+                thinking = {"thinking": {"type": "adaptive", "display": "omitted"}}
+                answer = self.post(path, {**body, **thinking})
+                self.assertEqual("summarized", self.upstream.seen(MESSAGES_PATH)[-1].body["thinking"]["display"])
+                self.assertNotIn("let me see", answer.text)
+                self.assertNotIn("thinking_delta", answer.text)
+                turn = client.take(answer)
+                self.assertEqual(("", "let me see"), (turn.content[0].text, cp.unseal(turn.content[0].signature)["t"]))
+                client.answer_calls(turn, "sunny")
+                path, body = client.ask()
+                self.assertEqual(200, self.post(path, {**body, **thinking}).status)  # the strict upstream knows its signature
+                sent = self.upstream.seen(MESSAGES_PATH)[-1].body["messages"][1]["content"][0]
+                self.assertEqual(("let me see", True), (sent["thinking"], sent["signature"] in self.upstream.minted))
+
+    def test_another_models_carrier_goes(self):
+        self.upstream.model = lambda dialect, body, attempt: CALL
+        client = StoringClient(cp.MESSAGES, "claude-opus-4.8", False)
+        client.say("hi")
+        path, body = client.ask()
+        turn = client.take(self.post(path, {**body, "thinking": {"type": "adaptive", "display": "omitted"}}))
+        client.answer_calls(turn, "sunny")
+        client.model = "claude-sonnet-5"
+        self.assertEqual(200, self.post(*client.ask()).status)
+        self.assertEqual(["text", "tool_use"], [block["type"] for block in self.upstream.seen(MESSAGES_PATH)[-1].body["messages"][1]["content"]])
+
+    def test_frames_however_they_come(self):
+        plan = cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES, origin="0" * 12, edits=["hidden_thinking"])
+        events = [{"type": "message_start", "message": {}}, {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": "a", "signature": ""}}]
+        events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": piece}} for piece in ("b", "c")]
+        events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": piece}} for piece in ("si", "g")]
+        events += [{"type": "content_block_stop", "index": 0}, {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+                   {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "thinking"}}, {"type": "content_block_stop", "index": 1}]
+        frames = [sse(event, event["type"]) for event in events]
+        for size in range(1, len(frames) + 1):
+            with self.subTest(frames_per_read=size):
+                patch = cp.FramePatch(plan, [quirk for quirk in cp.QUIRKS if quirk.name == "hidden_thinking"])
+                seen = objects_of(b"".join(patch.feed(b"".join(frames[at:at + size])) for at in range(0, len(frames), size)))
+                self.assertEqual(events[:1] + [{**events[1], "content_block": {"type": "thinking", "thinking": "", "signature": ""}}], seen[:2])
+                self.assertEqual(("abc", "sig"), tuple(cp.unseal(seen[2]["delta"]["signature"])[name] for name in ("t", "s")))
+                self.assertEqual(events[-4:], seen[3:])
 
 
 class Learning(RelayCase):
