@@ -8535,13 +8535,18 @@ def limit_images(body: Json, plan: Plan) -> bool:
         if not fault:
             kept += 1
             continue
-        note = {"type": IMAGE_PARTS[parts[at]["type"]], "text": f"[image omitted: {fault}]"}
-        parts[at] = {**note, "cache_control": parts[at]["cache_control"]} if parts[at].get("cache_control") else note
+        note_image(parts, at, fault)
     if places or plan.road == "translated":
         plan.caller.vision = kept > 0
     if kept < len(places):
         name_dropped(plan, "image", [str(len(places) - kept)])
     return kept < len(places)
+
+
+def note_image(parts: List[Any], at: int, fault: str) -> None:
+    """Puts a note in the place of an image."""
+    note = {"type": IMAGE_PARTS[parts[at]["type"]], "text": f"[image omitted: {fault}]"}
+    parts[at] = {**note, "cache_control": parts[at]["cache_control"]} if parts[at].get("cache_control") else note
 
 
 # ---- edits of relayed answers -------------------------------------------------
@@ -9273,6 +9278,30 @@ def cap_output(body: Json, cap: int, plan: Plan) -> bool:
     return bool(names)
 
 
+def learn_images(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """Digests of the images that make a request too large: the oldest, up to half of all their bytes. All of them where
+    one cannot be read: nobody says which."""
+    payloads = list(filter(None, (image_payload(parts[at]) for parts, at in image_places(body))))
+    spare = 0 if re.search("process", found.group(), re.I) else sum(map(len, payloads)) // 2
+    gone: List[str] = []
+    for place, payload in enumerate(payloads):
+        if sum(map(len, payloads[place:])) > spare:
+            gone.append(state_digest(payload))
+    return tuple(gone) or None
+
+
+def drop_images(body: Json, digests: Sequence[str], plan: Plan) -> bool:
+    """The request with a note in the place of these images; the vision header follows."""
+    places = list(image_places(body))
+    gone = [(parts, at) for parts, at in places if state_digest(image_payload(parts[at]) or "") in digests]
+    for parts, at in gone:
+        note_image(parts, at, "upstream could not take it")
+    if gone:
+        plan.caller.vision = len(gone) < len(places)
+        name_dropped(plan, "image", [str(len(gone))])
+    return bool(gone)
+
+
 def learn_word(found: Any, body: Json, plan: Plan) -> str:
     """The one word a refusal names; for cures that need none, all of it."""
     return next((text for text in found.groups() if text), found.group())
@@ -9328,6 +9357,9 @@ MENDS: Tuple[Mend, ...] = (
          r"tool reference '([^']+)' not found", learn_word, tell_reference),
     Mend("hosted_tool",  EVERY,                 "copilot-upstream 6.1, 7.1",
          r"requested tool (\w+) is not supported|unsupported tool type:? '?(\w+)|tool(?: type)? '?(\w+)'? is not supported", learn_kind, drop_kind),
+    Mend("images",       EVERY,                 "copilot-upstream 9.2; user-pains P55",
+         r"failed to parse request|request entity too large|payload too large|image exceeds|could not process image|too much media",
+         learn_images, drop_images),
     Mend("field",        EVERY,                 "copilot-upstream 5.1, 6.1, 7.1; user-pains P43",
          rf"{FIELD}: extra inputs are not permitted|(?:unsupported|unknown|unrecognized)(?: request)? (?:parameter|argument|field|property)(?: supplied)?:? {FIELD}"
          rf"|^unsupported value: {FIELD} does not support|^{FIELD} is not supported|(?:parameter|field|property) {FIELD} is (?:not supported|unsupported|not allowed)"

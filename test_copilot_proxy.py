@@ -18030,6 +18030,23 @@ class Learning(RelayCase):
                 self.upstream.answer(UPSTREAM_PATHS[dialect], reply(400, capi(message, "invalid_request_body")))
                 self.assertEqual((400, 1), tuple((self.turn(dialect)[0], 1)))
 
+    def test_a_request_too_large_is_sent_without_its_oldest_images(self):
+        old, new = png_url(9, 9, 3000), png_url(8, 8, 2000)
+        for dialect in (cp.CHAT, cp.RESPONSES, cp.MESSAGES):
+            path = UPSTREAM_PATHS[dialect]
+            self.upstream.answer(path, error_step("413 failed to parse"))
+            for calls in (2, 1):
+                with self.subTest(dialect, calls=calls):
+                    status, seen, answer = self.turn(dialect, **wire_images(dialect, old, new))
+                    self.assertEqual((200, calls), (status, len(seen)), answer.text)
+                    self.assertEqual(wire_images(dialect, "note:upstream could not take it", new), {name: seen[-1].body[name] for name in wire_images(dialect, old)})
+                    self.assertEqual("image:1", answer.headers["x-copilot-api-dropped"])
+        for calls in (2, 1):  # an image nobody can read; the vision header goes with it
+            if calls == 2:
+                self.upstream.answer(CHAT_PATH, reply(400, capi("Could not process image", "invalid_request_body")))
+            status, seen, _ = self.turn(cp.CHAT, model="gpt-4.1", **wire_images(cp.CHAT, new))
+            self.assertEqual((200, calls, None), (status, len(seen), seen[-1].headers.get("copilot-vision-request")))
+
     def test_a_verbosity_that_is_refused_is_no_effort(self):
         message = "Unsupported value: 'low' is not supported with the 'gpt-5.4' model. Supported values are: 'medium'."
         plan = cp.Plan(cp.RESPONSES, model="gpt-5.4", upstream_dialect=cp.RESPONSES)
