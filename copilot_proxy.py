@@ -7597,10 +7597,17 @@ def history_signs(body: Json, plan: Plan) -> Set[str]:
             signs.add("system")
         if "tool_calls" in turn:
             signs.add("arguments")
+            signs.update("tool_name" for call in objects_in(turn["tool_calls"]) if is_odd_name(named_part(call).get("name")))
+        elif is_odd_name(turn.get("name")):
+            signs.add("tool_name")
         if turn.get("id") is not None or turn.get("type") == "item_reference":
             signs.add("item_id")
-        if isinstance(content, list):
-            _block_signs(content, signs)
+        for blocks in (content, turn.get("output")):
+            if isinstance(blocks, list):
+                _block_signs(blocks, signs)
+    loaded = [tool for turn in turns if "tools" in turn for tool in tools_in(turn["tools"])]
+    if any(is_odd_name(named_part(tool).get("name")) for tool in (*tools_in(body.get("tools")), *loaded, *choices_in(body))):
+        signs.add("tool_name")
     if any(map(is_blank, objects_in(body.get("system")))) or isinstance(body.get("system"), str) and not body["system"].strip():
         signs.add("blank")
     return signs
@@ -7608,7 +7615,7 @@ def history_signs(body: Json, plan: Plan) -> Set[str]:
 
 def _block_signs(blocks: List[Any], signs: Set[str]) -> None:
     for block in blocks:
-        kind = block.get("type") if isinstance(block, dict) else None
+        kind = name_in(block, "type")
         if kind == "text":
             if is_blank(block):
                 signs.add("blank")
@@ -7617,6 +7624,8 @@ def _block_signs(blocks: List[Any], signs: Set[str]) -> None:
                 signs.add("arguments")
             if not PLAIN_ID.match(str(block.get("id"))):
                 signs.add("tool_id")
+            if is_odd_name(block.get("name")):
+                signs.add("tool_name")
         elif kind == "tool_result":
             if not PLAIN_ID.match(str(block.get("tool_use_id"))):
                 signs.add("tool_id")
@@ -7625,6 +7634,8 @@ def _block_signs(blocks: List[Any], signs: Set[str]) -> None:
                 _block_signs(inner, signs)
                 if any(isinstance(part, dict) and "cache_control" in part for part in inner):
                     signs.add("cache_inside")
+        elif kind in IMAGE_PARTS:
+            signs.add("image")
         elif kind in ("thinking", "redacted_thinking"):
             if is_unsigned(block):
                 signs.add("unsigned")
@@ -8164,6 +8175,11 @@ def tell_lost_references(body: Json, plan: Plan) -> bool:
     return any([tell_reference(body, name, plan) for name in named if name not in offered])
 
 
+def is_odd_name(name: Any) -> bool:
+    """Whether upstream refuses a tool of that name."""
+    return isinstance(name, str) and not WIRE_NAME.fullmatch(name)
+
+
 def tool_name_places(body: Json) -> Iterator[Tuple[Json, str]]:
     """(object, key) of every place that holds the name of a function or custom tool."""
     for turn in turns_of(body):
@@ -8186,7 +8202,7 @@ def shorten_tool_names(body: Json, plan: Plan) -> bool:
     """
     places = [(part, key) for part, key in tool_name_places(body) if isinstance(part.get(key), str)]
     names = dict.fromkeys(part[key] for part, key in places)
-    bad = {name for name in names if not WIRE_NAME.fullmatch(name)}
+    bad = set(filter(is_odd_name, names))
     for name in names if bad else ():
         if name not in bad and plan.names.restore(name) == (name, None, "function"):
             plan.names.shorten(name)
@@ -8536,8 +8552,7 @@ def limit_images(body: Json, plan: Plan) -> bool:
             kept += 1
             continue
         note_image(parts, at, fault)
-    if places or plan.road == "translated":
-        plan.caller.vision = kept > 0
+    plan.caller.vision = kept > 0
     if kept < len(places):
         name_dropped(plan, "image", [str(len(places) - kept)])
     return kept < len(places)
@@ -8916,11 +8931,11 @@ QUIRKS: Tuple[Quirk, ...] = (
     Quirk("tool_references", "copilot", (MESSAGES,),                "copilot-upstream 7.1; DESIGN 8",
           request=tell_lost_references, needles=(b'"tool_reference"',)),
     Quirk("tool_names",     "copilot", (CHAT, RESPONSES, MESSAGES), "user-pains P52",
-          request=shorten_tool_names, needles=(b'"name"',), frames=RestoredNames, whole=restore_tool_names),
+          request=shorten_tool_names, signs=frozenset(("tool_name",)), frames=RestoredNames, whole=restore_tool_names),
     Quirk("schema",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 5.1, 7.1; user-pains P50",
           request=mend_tool_schemas, needles=(b'"tools"',)),
     Quirk("images",         "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 3.2, 4.2; user-pains P55, P56",
-          request=limit_images),
+          request=limit_images, signs=frozenset(("image",))),
     Quirk("assembled",      "copilot", (CHAT, RESPONSES, MESSAGES), "copilot-upstream 7.1, last row",
           request=ask_for_stream, needles=(b'_tokens"',), applies=may_be_assembled),
     # ---- answers: of relayed frames and bodies only; decoders read all of this anyway
@@ -8956,7 +8971,7 @@ def edit_request(body: Json, raw: bytes, plan: Plan, quirks: Sequence[Quirk]) ->
                 continue
         if quirk.request(body, plan):
             plan.edits.append(quirk.name)
-            signs = None
+            signs = None if quirk.signs else signs  # the other rows change no history
     return len(plan.edits) > before
 
 
@@ -15078,6 +15093,7 @@ class Gateway:
         raw = dump_json(body)
         changed = edit_request(body, raw, plan, quirks)
         changed = self._allowed(plan, body) or changed
+        plan.caller.vision = plan.caller.vision and next(image_places(body), None) is not None  # a dialect may have no place for them
         return Outgoing(body, dump_json(body) if changed else raw)
 
     def _allowed(self, plan: Plan, body: Json) -> bool:

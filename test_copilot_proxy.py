@@ -9152,10 +9152,6 @@ class PictureRows(unittest.TestCase):
             for urls, wanted in (((png_url(9000, 9),), False), ((png_url(9000, 9), PIXEL), True), ((PIXEL,), True)):
                 self.assertEqual(wanted, self.told(dialect, wire_images(dialect, *urls, inside=inside))[1].caller.vision)
 
-    def test_a_translation_that_lost_its_images_needs_no_vision_header(self):
-        self.assertFalse(self.told(cp.CHAT, {"messages": []}, road="translated")[1].caller.vision)
-        self.assertTrue(self.told(cp.CHAT, {"messages": []})[1].caller.vision)  # in a place that is not known here
-
     def test_a_cache_mark_survives_its_image(self):
         body = wire_images(cp.MESSAGES, png_url(9000, 9))
         body["messages"][0]["content"][0]["cache_control"] = {"type": "ephemeral"}
@@ -17837,6 +17833,14 @@ class Poisoned(RelayCase):
 
     def test_the_table_names_every_dialect(self):
         self.assertEqual({name: 4 for name in POISONS}, {name: len(rows) for name, rows in POISONS.items()})
+
+
+class VisionOfTranslations(RelayCase):
+    def test_a_translation_that_lost_its_images_needs_no_vision_header(self):
+        for image, header in (({"file_id": "file_1"}, None), ({"image_url": PIXEL}, "true")):
+            parts = [{"type": "input_text", "text": "look"}, {"type": "input_image", **image}]
+            answer = self.post(*asking(cp.RESPONSES, model="gpt-4o", input=[{"role": "user", "content": parts}]))
+            self.assertEqual((200, header), (answer.status, self.upstream.seen(CHAT_PATH)[-1].headers.get("copilot-vision-request")))
 
 
 class ThinkingHidden(RelayCase):
