@@ -11362,10 +11362,12 @@ class Log:
     `once` says a thing one time per key, so that a full disk is one line and not one per request.
     """
 
+    KEYS = 10_000  # of `once`; clients name some of them
+
     def __init__(self, stream: Any = None, verbose: bool = False) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._said: set = set()  # guarded by _lock
+        self._said: Set[str] = set()  # guarded by _lock
         self.verbose = verbose
 
     def info(self, message: str) -> None:
@@ -11386,6 +11388,8 @@ class Log:
         with self._lock:
             if key in self._said:
                 return
+            if len(self._said) >= self.KEYS:
+                self._said.clear()
             self._said.add(key)
         self._write("warning", message)
 
@@ -15103,7 +15107,11 @@ class Gateway:
             if plan.long_context and plan.record is not None and knows_long_context(plan.record):
                 plan.betas.append(LONG_CONTEXT_BETA)
                 plan.dropped = [name for name in plan.dropped if name != LONG_CONTEXT_BETA]
-        return heed(body, self._lessons.of(plan.origin, plan.upstream_dialect), plan)
+        changed = heed(body, self._lessons.of(plan.origin, plan.upstream_dialect), plan)
+        aside = ", ".join(name[len("tool:"):] for name in plan.dropped if name.startswith("tool:"))
+        if aside:
+            self._log.once(f"{plan.model} without {aside}", f"tools set aside for {plan.model}, which would refuse them: {aside}")
+        return changed
 
     def _cutter(self, plan: Plan, request: Request) -> Optional[Callable[[], TextCutter]]:
         """What ends the text here because Responses cannot be told to; one for each try."""

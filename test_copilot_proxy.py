@@ -17306,6 +17306,8 @@ class ToolsAndPictures(RelayCase):
                 self.assertEqual(128, len(seen.body["tools"]))
                 self.assertEqual(self.ASIDE, answer.headers["x-copilot-api-dropped"])
                 self.assertEqual(self.ASIDE, self.row(answer)["dropped"])
+                told = f"tools set aside for {MODEL_OF[upstream]}, which would refuse them: mcp__s__t124, "
+                self.assertEqual(1, self.gateway.log_text.count(told))
                 if self.RESTORED or dialect != upstream:
                     self.assertEqual(self.LONG_NAMES, self.called(dialect, answer, streamed))
 
@@ -18009,6 +18011,8 @@ class Learning(RelayCase):
             self.assertEqual((200, calls, ["good"]), (status, len(seen), [tool["name"] for tool in seen[-1].body["tools"]]))
             self.assertNotIn("tool_choice", seen[-1].body)
             self.assertEqual("tool:bad", answer.headers["x-copilot-api-dropped"])
+        self.assertEqual(1, self.gateway.log_text.count("mended and repeated: tool: without tool:bad"))
+        self.assertLessEqual(self.gateway.log_text.count("set aside"), 1)
         self.upstream.switch(tools_refused=())
         self.assertEqual(2, len(self.turn(cp.MESSAGES, tools=tools("corrected"))[1][-1].body["tools"]))
 
