@@ -83,7 +83,7 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
@@ -695,6 +695,7 @@ class Failure:
     renew: bool = False  # a fresh Copilot token (and host) may cure it
     request_id: Optional[str] = None
     headers: Tuple[Tuple[str, str], ...] = ()  # of upstream's answer, those that are relayed
+    param: Optional[str] = None  # what upstream says the failure is about
 
 
 # What an upstream answer means: the first row that fits counts. `statuses` None = any; the pattern is
@@ -842,6 +843,18 @@ def overflow_numbers(message: str) -> Optional[Tuple[int, int]]:
     return None
 
 
+def error_param(parsed: Optional[Json]) -> Optional[str]:
+    """`error.param` of an error body."""
+    inner = (parsed or {}).get("error")
+    param = inner.get("param") if isinstance(inner, dict) else None
+    return param if isinstance(param, str) else None
+
+
+def overflows(message: str) -> bool:
+    """Whether a message says that the prompt is too long."""
+    return re.search(FAILURE_ROWS[0][1], message.lower()) is not None
+
+
 def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> Failure:
     """The one verdict on an upstream answer that is not a success. `now`: Unix seconds, for dates."""
     if not 400 <= status <= 599:  # a redirect is not followed, a success without an answer is none
@@ -865,7 +878,7 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
                    wait_s=wait if kind in ("rate", "quota") or status in (408, 503) else None,
                    resets_at=resets if kind in ("rate", "quota") else None,
                    overflow=overflow_numbers(message) if kind == "overflow" else None,
-                   transient=cure == TRANSIENT, renew=cure == RENEW,
+                   transient=cure == TRANSIENT, renew=cure == RENEW, param=error_param(parsed),
                    request_id=headers.get("x-request-id") or headers.get("request-id") or headers.get("x-github-request-id"),
                    headers=tuple(relayed_headers(headers)))
 
@@ -1572,7 +1585,10 @@ CUT = Failure("transport", "provider", 502, "the upstream connection ended befor
 
 # The status an error frame would have had as an answer of its own, by its type or code up to a colon.
 STREAM_ERROR_STATUS = {
-    "invalid_request_error": 400, "context_length_exceeded": 400, "model_max_prompt_tokens_exceeded": 400,
+    **dict.fromkeys((
+        "invalid_request_error", "invalid_request_body", "context_length_exceeded", "model_max_prompt_tokens_exceeded", "invalid_prompt",
+        "invalid_tool_call_format", "invalid_function_parameters", "invalid_encrypted_content", "invalid_value", "unknown_parameter",
+        "unsupported_parameter", "unsupported_value", "unsupported_api_for_model", "model_not_supported", "no_available_model_endpoints"), 400),
     "previous_response_not_found": 400, "cyber_policy": 422, "bad_request": 400, "authentication_error": 401,
     "permission_error": 403, "not_found_error": 404, "not_found": 404, "request_too_large": 413, "content_filter": 422,
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "rate_limited": 429, "user_model_rate_limited": 429,
@@ -1594,7 +1610,8 @@ def stream_failure(body: Json) -> Failure:
     """
     inner = body.get("error") if isinstance(body.get("error"), dict) else body
     names = [str(inner.get(key)).partition(":")[0] for key in ("code", "type") if inner.get(key)]
-    status = next((STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS), 502)
+    usual = 400 if overflows(str(inner.get("message"))) else 502
+    status = next((STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS), usual)
     return classify(status, {}, dump_json({"error": inner}), 0.0)
 
 
@@ -7334,7 +7351,12 @@ def _drop_blanks(turn: Json) -> bool:
     inner = [_drop_blanks(block) for block in blocks if block.get("type") == "tool_result"]
     if not any(map(is_blank, blocks)):
         return any(inner)
-    turn["content"] = [block for block in turn["content"] if not is_blank(block)]
+    kept = [block for block in turn["content"] if not is_blank(block)]
+    marks = [block["cache_control"] for block in blocks if is_blank(block) and block.get("cache_control")]
+    places = [block for block in objects_in(kept) if block.get("type") in MARKABLE]
+    if marks and places:
+        places[-1].setdefault("cache_control", marks[-1])
+    turn["content"] = kept
     return True
 
 
@@ -7443,16 +7465,16 @@ PAIRINGS = {
 
 def is_paired(entries: Iterable[Paired], adjacent: bool) -> bool:
     """Whether every call has one result behind it and every result its call."""
-    waiting: List[str] = []
+    waiting: Set[str] = set()
     for calls, answered, _ in entries:
         if answered is not None:
             if answered not in waiting:
                 return False
             waiting.remove(answered)
         elif calls or adjacent:
-            if waiting and (adjacent or any(call in waiting for call in calls)):
+            if waiting and (adjacent or not waiting.isdisjoint(calls)) or len(set(calls)) < len(calls):
                 return False
-            waiting.extend(calls)
+            waiting.update(calls)
     return not waiting
 
 
@@ -7469,17 +7491,23 @@ def pair_calls(body: Json, plan: Plan) -> bool:
             results.setdefault(answered, []).append(at)
     values: List[Json] = []
     asked: Set[str] = set()
+    kept: Set[int] = set()  # places of results that have their call
     for at, (calls, answered, value) in enumerate(entries):
         if answered is not None:
-            if at in results[answered] and answered not in asked:
+            if at in kept and not way.adjacent:
+                values.append(value)
+            elif at not in kept and answered not in asked:
                 values.append(way.told(value))
             continue
         values.append(value)
         for call in dict.fromkeys(calls):
-            later = next((place for place in results.get(call, ()) if place > at), None)
-            values.append(entries[later][2] if later is not None else way.stub(value, call))
-            if later is not None:
-                results[call].remove(later)
+            later = next((place for place in results.get(call, ()) if place > at and place not in kept), None)
+            if later is None:
+                values.append(way.stub(value, call))
+                continue
+            kept.add(later)
+            results[call] = results[call][results[call].index(later) + 1:]
+            values += [entries[later][2]] if way.adjacent else []
         asked.update(calls)
     body[way.field] = way.joined(values)
     return True
@@ -7515,11 +7543,12 @@ def spell_tool_ids(body: Json, plan: Plan) -> bool:
               for name in (TOOL_ID_FIELDS.get(str(block.get("type"))),) if name]
     ids = {str(block.get(name)) for block, name in places}
     odd = {given for given in ids if not given or ODD_ID.search(given)}
+    spellings = Counter(ODD_ID.sub("_", given) for given in odd)
     for block, name in places:
         given = str(block.get(name))
         if given in odd:
             plain = ODD_ID.sub("_", given) or "tool"
-            twin = plain in ids or sum(ODD_ID.sub("_", other) == plain for other in odd) > 1
+            twin = plain in ids or spellings[plain] > 1
             block[name] = f"{plain}_{state_digest(given)[:8]}" if twin else plain
     return bool(odd)
 
@@ -7550,14 +7579,15 @@ def fold_systems(body: Json, last_stays: bool) -> bool:
     turns = objects_in(body.get("messages"))
     first = next((at for at, turn in enumerate(turns) if not is_system(turn)), len(turns))
     late = [at for at, turn in enumerate(turns) if at >= first and is_system(turn)]
+    efforts = [turns[at].pop("output_config") for at in late if "output_config" in turns[at]]  # its beta is not taken
+    efforts = [config["effort"] for config in efforts if isinstance(config, dict) and config.get("effort")]
+    if efforts:
+        body["output_config"] = {**wire_object(body, "output_config"), "effort": efforts[-1]}
     if late and last_stays and late[-1] == len(turns) - 1 and turns[-1].get("role") == "system":
         del late[-1]
     if not first and not late:
-        return False
+        return bool(efforts)
     for at in late:
-        effort = wire_object(turns[at], "output_config").get("effort")
-        if effort:
-            body["output_config"] = {**wire_object(body, "output_config"), "effort": effort}
         turns[at] = {"role": "user", "content": [reminder(block) for block in wire_content(turns[at])]}
     if first:
         body["system"] = wire_content({"content": body.get("system") or []}) + [part for turn in turns[:first] for part in wire_content(turn)]
@@ -7929,8 +7959,15 @@ def sift_betas(header: str) -> Tuple[List[str], List[str]]:
 
 
 def defers_tools(body: Json) -> bool:
-    """Whether a tool waits to be searched for."""
-    return any(tool.get("defer_loading") for tool in objects_in(body.get("tools")))
+    """Whether a tool waits to be searched for, or was found so."""
+    return any(tool.get("defer_loading") for tool in objects_in(body.get("tools"))) or next(reference_places(body), None) is not None
+
+
+def offer_deferred(body: Json) -> None:
+    """Offers every tool at once."""
+    for tool in objects_in(body.get("tools")):
+        tool.pop("defer_loading", None)
+    tell_references(body, lambda name: True)
 
 
 def thinks_between_calls(body: Json) -> bool:
@@ -7946,7 +7983,7 @@ def keeps_cache_longer(body: Json) -> bool:
 # beta -> (whether a body needs it, how a body does without)
 BETA_FIELDS: Dict[str, Tuple[Callable[[Json], bool], Callable[[Json], Any]]] = {
     CONTEXT_EDITING: (lambda body: "context_management" in body, lambda body: body.pop("context_management", None)),
-    DEFERRED_TOOLS: (defers_tools, lambda body: [tool.pop("defer_loading", None) for tool in objects_in(body.get("tools"))]),
+    DEFERRED_TOOLS: (defers_tools, offer_deferred),
     EXTENDED_CACHE: (keeps_cache_longer, lambda body: [block["cache_control"].pop("ttl", None) for block in cache_places(body)
                                                        if isinstance(block.get("cache_control"), dict)]),
     INTERLEAVED: (thinks_between_calls, lambda body: None),
@@ -7963,7 +8000,7 @@ def needed_betas(body: Json) -> List[str]:
 
 def drop_schema_keyword(body: Json, plan: Plan) -> bool:
     """Takes `$schema` out of tool schemas; a *property* of that name stays."""
-    return any([_drop_schema(schema) for tool in body.get("tools") or () for schema in _tool_schemas(tool)])
+    return any([_drop_schema(schema) for holder in tool_lists(body) for tool in holder["tools"] for schema in _tool_schemas(tool)])
 
 
 def _tool_schemas(tool: Any) -> Iterator[Json]:
@@ -8024,6 +8061,17 @@ def tools_in(tools: Any) -> Iterator[Json]:
             yield tool
 
 
+def tool_lists(body: Json) -> List[Json]:
+    """Who holds tools: the body, and items of its history that brought some (Responses: `additional_tools`, what a search found)."""
+    return [holder for holder in (body, *turns_of(body)) if isinstance(holder.get("tools"), list)]
+
+
+def all_tools(body: Json) -> Iterator[Json]:
+    """Every tool of a body, wherever it stands."""
+    for holder in tool_lists(body):
+        yield from tools_in(holder["tools"])
+
+
 def calls_in(turn: Json) -> Iterator[Json]:
     """The calls of one turn: of its history, or of an answer."""
     if turn.get("type") in CALL_KINDS:
@@ -8077,23 +8125,29 @@ def name_dropped(plan: Plan, kind: str, names: Sequence[str]) -> None:
 def take_out_tools(body: Json, gone: Sequence[Json], plan: Plan) -> None:
     """Takes tools out of the body, and out of its `tool_choice`; a namespace goes with its last tool."""
     marked = {id(tool) for tool in gone}
+    for holder in tool_lists(body):
+        holder["tools"] = tools_left(holder["tools"], marked)
+    keep_cache_mark(objects_in(body.get("tools")), gone)
+    names = dict.fromkeys(map(tool_label, gone))
+    left = set(map(tool_label, all_tools(body)))
+    release_choice(body, [name for name in names if name not in left])
+    if not body.get("tools"):
+        close_tools(body, plan)
+    owns = [plan.names.restore(name)[:2] for name in names]
+    name_dropped(plan, "tool", [f"{namespace}.{name}" if namespace else name for name, namespace in owns])
+
+
+def tools_left(tools: List[Any], marked: Set[int]) -> List[Any]:
+    """The tools of a list that are not marked, by identity; a namespace without any is gone."""
     kept = []
-    for tool in body["tools"]:
+    for tool in tools:
         nested = tool.get("tools") if isinstance(tool, dict) else None
         if isinstance(nested, list) and any(id(inner) in marked for inner in nested):
             tool = {**tool, "tools": [inner for inner in nested if id(inner) not in marked]}
             kept += [tool] if tool["tools"] else []
         elif id(tool) not in marked:
             kept.append(tool)
-    keep_cache_mark(kept, gone)
-    body["tools"] = kept
-    names = dict.fromkeys(map(tool_label, gone))
-    left = set(map(tool_label, tools_in(kept)))
-    release_choice(body, [name for name in names if name not in left])
-    if not kept:
-        close_tools(body, plan)
-    owns = [plan.names.restore(name)[:2] for name in names]
-    name_dropped(plan, "tool", [f"{namespace}.{name}" if namespace else name for name, namespace in owns])
+    return kept
 
 
 def keep_cache_mark(kept: List[Any], gone: Sequence[Json]) -> None:
@@ -8101,7 +8155,7 @@ def keep_cache_mark(kept: List[Any], gone: Sequence[Json]) -> None:
     marks = [tool["cache_control"] for tool in gone if tool.get("cache_control")]
     places = [at for at, tool in enumerate(kept) if isinstance(tool, dict) and tool.get("defer_loading") is not True]
     if marks and places and not any("cache_control" in kept[at] for at in places):
-        kept[places[-1]] = {**kept[places[-1]], "cache_control": marks[-1]}
+        kept[places[-1]]["cache_control"] = marks[-1]
 
 
 def release_choice(body: Json, gone: Sequence[str]) -> None:
@@ -8160,19 +8214,18 @@ def limit_tools(body: Json, plan: Plan) -> bool:
     return True
 
 
-def tell_reference(body: Json, name: str, plan: Plan) -> bool:
-    """References to a tool that upstream does not know, as text."""
-    lost = [(blocks, at) for blocks, at in reference_places(body) if blocks[at].get("tool_name") == name]
-    for blocks, at in lost:
-        blocks[at] = {"type": "text", "text": f"Tool {name} loaded"}
-    return bool(lost)
+def tell_references(body: Json, lost: Callable[[str], bool]) -> bool:
+    """References to tools that upstream does not know, as text."""
+    places = [(blocks, at) for blocks, at in reference_places(body) if lost(name_in(blocks[at], "tool_name"))]
+    for blocks, at in places:
+        blocks[at] = {"type": "text", "text": f"Tool {name_in(blocks[at], 'tool_name')} loaded"}
+    return bool(places)
 
 
 def tell_lost_references(body: Json, plan: Plan) -> bool:
     """Says as text that a tool was found which is not offered any more: Claude's hosts refuse a reference to it."""
     offered = set(map(tool_label, tools_in(body.get("tools"))))
-    named = dict.fromkeys(name_in(blocks[at], "tool_name") for blocks, at in reference_places(body))
-    return any([tell_reference(body, name, plan) for name in named if name not in offered])
+    return tell_references(body, lambda name: name not in offered)
 
 
 def is_odd_name(name: Any) -> bool:
@@ -8276,7 +8329,7 @@ def drop_speed(body: Json, plan: Plan) -> bool:
 
 def describe_namespaces(body: Json, plan: Plan) -> bool:
     """Gives a namespace without a description one."""
-    mute = [tool for tool in objects_in(body.get("tools"))
+    mute = [tool for holder in tool_lists(body) for tool in objects_in(holder["tools"])
             if tool.get("type") == "namespace" and not (text_or_none(tool.get("description")) or "").strip()]
     for tool in mute:
         tool["description"] = f"Tools of {tool_label(tool)}"
@@ -8460,7 +8513,7 @@ def mend_tool_schemas(body: Json, plan: Plan) -> bool:
     gemini = dialect == CHAT and "gemini" in plan.model.lower()
     rules = GEMINI_SCHEMA_RULES if gemini else SCHEMA_RULES[dialect]
     key, kinds = ("input_schema", (None, "custom")) if dialect == MESSAGES else ("parameters", (None, "function"))
-    for tool in tools_in(body.get("tools")):
+    for tool in all_tools(body):
         part = named_part(tool)
         if tool.get("type") not in kinds or not isinstance(part.get("name"), str):
             continue
@@ -9081,7 +9134,7 @@ class FramePatch:
 
 
 class Mend(NamedTuple):
-    """What a refusal teaches. `pattern` is searched in upstream's message, case aside; `learn(found, body, plan)` gives
+    """What a refusal teaches. `pattern` is searched in `MESSAGE [STATUS] [param PARAM]`, case aside; `learn(found, body, plan)` gives
     a hashable lesson or None; `cure(body, lesson, plan)` edits in place and says whether it did."""
 
     name: str
@@ -9096,7 +9149,8 @@ class Mend(NamedTuple):
 Lesson = Tuple[str, Any]  # (name of a mend, what it learned)
 
 # Fields without which a request is none: a refusal that names one of them is about its value.
-ESSENTIAL = frozenset(("model", "messages", "input", "role", "content", "type", "text", "name", "tools", "system", "instructions"))
+ESSENTIAL = frozenset(("model", "messages", "input", "role", "content", "type", "text", "tools", "system", "instructions", "id", "call_id",
+                       "tool_use_id", "tool_call_id", "signature", "arguments", "output", "data", "source", "image_url", "function"))
 
 
 def learn_path(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
@@ -9104,25 +9158,29 @@ def learn_path(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
     path = next((text for text in found.groups() if text), "")
     steps = tuple(step for step in re.findall(r"[^.\[\]]+", path) if not step.isdigit())
     required = steps[-1:] == ("max_tokens",) and plan.upstream_dialect == MESSAGES
-    return steps if steps and steps[-1] not in ESSENTIAL and not required else None
+    named = steps[-1:] == ("name",) and (steps[0] != "messages" or "tool_use" in steps or "tool_calls" in steps)
+    return steps if steps and steps[-1] not in ESSENTIAL and not required and not named else None
 
 
 def drop_path(value: Any, steps: Sequence[str]) -> bool:
-    """Takes a field out wherever the path leads; a step that is no field names a variant (`custom`, `ephemeral`)."""
+    """Takes a field out wherever the path leads; a step that is no field names the type of what it stands for (`custom`,
+    `ephemeral`, `tool_result`): objects of another type are not meant."""
     if isinstance(value, list):
         return any([drop_path(item, steps) for item in value])
     if not isinstance(value, dict) or not steps:
         return False
     if len(steps) == 1:
         return value.pop(steps[0], steps) is not steps
-    return drop_path(value.get(steps[0]), steps[1:]) or drop_path(value, steps[1:])
+    if isinstance(value.get(steps[0]), (dict, list)):
+        return drop_path(value[steps[0]], steps[1:])
+    return value.get("type", "custom") == steps[0] and drop_path(value, steps[1:])
 
 
 def drop_refused(body: Json, steps: Sequence[str], plan: Plan) -> bool:
     """The body without a field that was refused, told to the client."""
     if not drop_path(body, steps):
         return False
-    plan.dropped.append(".".join(steps))
+    name_dropped(plan, "field", [".".join(steps)])
     return True
 
 
@@ -9133,8 +9191,8 @@ def learn_names(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]
 
 def learn_betas(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
     """The betas a refusal names; a host that names none refuses them all."""
-    named = [beta for beta in plan.betas if beta in found.string]
-    return tuple(named or plan.betas) or None
+    named = [beta for beta in plan.betas if beta in found.string or beta == LONG_CONTEXT_BETA and "long context" in found.string.lower()]
+    return tuple(named or (plan.betas if "beta flag" in found.string.lower() else ())) or None
 
 
 def drop_betas(body: Json, betas: Sequence[str], plan: Plan) -> bool:
@@ -9144,16 +9202,42 @@ def drop_betas(body: Json, betas: Sequence[str], plan: Plan) -> bool:
         plan.betas.remove(beta)
         BETA_FIELDS[beta][1](body) if beta in BETA_FIELDS else None
         plan.dropped.append(beta)
+    if DEFERRED_TOOLS in refused:
+        limit_tools(body, plan)  # those that waited count now
     return bool(refused)
 
 
-def learn_efforts(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
-    """The efforts a refusal allows; None where the value it refuses is not the effort (verbosities have the same words)."""
-    parent, name = EFFORT_PLACES[plan.upstream_dialect]
+def learn_words(found: Any, body: Json, plan: Plan, place: Tuple[Optional[str], str], words: str) -> Optional[Tuple[str, ...]]:
+    """The values a refusal allows in a place; None where it is about another one."""
+    parent, name = place
     asked = (wire_object(body, parent) if parent else body).get(name)
-    if found.group("refused") not in (None, asked):
+    param = re.search(r"\[param (\S+)\]$", found.string)
+    if found.group("refused") not in (None, asked) or param and param[1] != "-" and name.rpartition("_")[2] not in param[1]:
         return None
-    return tuple(dict.fromkeys(re.findall(r"\b(none|minimal|low|medium|high|xhigh|max)\b", found.group("allowed"), re.I))) or None
+    return tuple(dict.fromkeys(re.findall(rf"\b({words})\b", found.group("allowed").lower()))) or None
+
+
+def learn_efforts(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """The efforts a refusal allows."""
+    return learn_words(found, body, plan, EFFORT_PLACES[plan.upstream_dialect], "none|minimal|low|medium|high|xhigh|max")
+
+
+VERBOSITY_PLACES = {CHAT: (None, "verbosity"), RESPONSES: ("text", "verbosity")}
+
+
+def learn_verbosities(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
+    """The verbosities a refusal allows."""
+    return learn_words(found, body, plan, VERBOSITY_PLACES[plan.upstream_dialect], "low|medium|high")
+
+
+def set_verbosity(body: Json, allowed: Sequence[str], plan: Plan) -> bool:
+    """A verbosity that is allowed in place of one that is not."""
+    parent, name = VERBOSITY_PLACES[plan.upstream_dialect]
+    place = wire_object(body, parent) if parent else body
+    if place.get(name) in (None, *allowed):
+        return False
+    place[name] = allowed[0]
+    return True
 
 
 STATE_FIELDS = {"thinking": "signature", "redacted_thinking": "data", "reasoning": "encrypted_content"}
@@ -9171,16 +9255,16 @@ def learn_states(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]
     return tuple(sorted({state_digest(state) for state in held if state is not None})) or None
 
 
-def is_refused(holder: Any, digests: Sequence[str]) -> bool:
+def is_refused(holder: Any, digests: FrozenSet[str]) -> bool:
     """Whether a state was refused."""
     state = held_state(holder)
     return state is not None and state_digest(state) in digests
 
 
-def drop_states(body: Json, digests: Sequence[str], plan: Plan) -> bool:
+def drop_states(body: Json, digests: Iterable[str], plan: Plan) -> bool:
     """The conversation without the state that was refused; turns that held nothing else go."""
     name = "input" if plan.upstream_dialect == RESPONSES else "messages"
-    kept, changed = [], False
+    kept, changed, digests = [], False, frozenset(digests)
     for turn in body[name] if isinstance(body.get(name), list) else ():
         refused = [block for block in wire_blocks(turn) if is_refused(block, digests)] if isinstance(turn, dict) else []
         if refused:
@@ -9242,15 +9326,19 @@ def tell_bare_calls(body: Json, plan: Plan) -> bool:
 
 def tool_digest(tool: Json) -> str:
     """Tells a tool from one of the same name that was corrected since."""
-    return state_digest(dump_json(tool).decode())
+    return state_digest(dump_json({name: value for name, value in tool.items() if name != "cache_control"}).decode())
 
 
 def learn_tool(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, str]]:
-    """(name, digest) of the tool a refusal names, by its place or its name."""
+    """(name, digest) of the tool a refusal names: by its place, the place inside a namespace, or its name."""
+    said = {name: text for name, text in found.groupdict().items() if text}
     tools = objects_in(body.get("tools"))
-    place = next((int(text) for name, text in found.groupdict().items() if name.startswith("at") and text), None)
-    name = next((text for group, text in found.groupdict().items() if group.startswith("name") and text), None)
-    named = tools[place:place + 1] if place is not None else [tool for tool in tools if name and tool_label(tool) == name]
+    if "name" in said:
+        wanted = (said["name"], said["name"].rpartition(".")[2])
+        named = [tool for tool in all_tools(body) if tool_label(tool) in wanted]
+    else:
+        named = tools[int(said["at"]):][:1]
+        named = objects_in(named[0].get("tools"))[int(said["inner"]):][:1] if named and "inner" in said else named
     return (tool_label(named[0]), tool_digest(named[0])) if named else None
 
 
@@ -9261,7 +9349,7 @@ def quarantine(body: Json, lesson: Tuple[str, str], plan: Plan) -> bool:
 
 def set_aside(body: Json, plan: Plan, bad: Callable[[Json], bool]) -> bool:
     """The request without some tools, told to the client."""
-    gone = [tool for tool in tools_in(body.get("tools")) if bad(tool)]
+    gone = [tool for tool in all_tools(body) if bad(tool)]
     if gone:
         take_out_tools(body, gone, plan)
     return bool(gone)
@@ -9294,20 +9382,33 @@ def cap_output(body: Json, cap: int, plan: Plan) -> bool:
 
 
 def learn_images(found: Any, body: Json, plan: Plan) -> Optional[Tuple[str, ...]]:
-    """Digests of the images that make a request too large: the oldest, up to half of all their bytes. All of them where
-    one cannot be read: nobody says which."""
+    """Digests of the images a refusal means: the one at the place it names, all where one cannot be read and nobody says
+    which, else the oldest up to half of all their bytes."""
+    named = re.search(r"(?:messages|input)[.\[](\d+)\]?\.content[.\[](\d+)", found.string)
     payloads = list(filter(None, (image_payload(parts[at]) for parts, at in image_places(body))))
-    spare = 0 if re.search("process", found.group(), re.I) else sum(map(len, payloads)) // 2
+    if named:
+        part = block_at(turns_of(body), int(named[1]), int(named[2]))
+        payloads, spare = list(filter(None, (image_payload(parts[at]) for parts, at in _image_places([part])))), 0
+    else:
+        spare = 0 if re.search("process", found.group(), re.I) else sum(map(len, payloads)) // 2
+    left = sum(map(len, payloads))
     gone: List[str] = []
-    for place, payload in enumerate(payloads):
-        if sum(map(len, payloads[place:])) > spare:
+    for payload in payloads:
+        if left > spare:
             gone.append(state_digest(payload))
+        left -= len(payload)
     return tuple(gone) or None
 
 
-def drop_images(body: Json, digests: Sequence[str], plan: Plan) -> bool:
+def block_at(turns: Sequence[Json], turn: int, block: int) -> Any:
+    """The block at a place, None where there is none."""
+    content = turns[turn].get("content") if turn < len(turns) else None
+    return content[block] if isinstance(content, list) and block < len(content) else None
+
+
+def drop_images(body: Json, digests: Iterable[str], plan: Plan) -> bool:
     """The request with a note in the place of these images; the vision header follows."""
-    places = list(image_places(body))
+    places, digests = list(image_places(body)), frozenset(digests)
     gone = [(parts, at) for parts, at in places if state_digest(image_payload(parts[at]) or "") in digests]
     for parts, at in gone:
         note_image(parts, at, "upstream could not take it")
@@ -9339,26 +9440,31 @@ def change_thinking(body: Json, form: str, plan: Plan) -> bool:
 
 
 EVERY = (CHAT, RESPONSES, MESSAGES)
+REFUSED = r"(?:unsupported|invalid) value: '(?P<refused>[\w-]+)'"
+ALLOWED = r"(?:supported \w+|valid \w+|should be|must be|one of|expected|allowed|supports)(?P<allowed>.*)"
 FIELD = r"['\"`]?([\w$][\w$.\[\]-]*)['\"`]?"
 MENDS: Tuple[Mend, ...] = (
     #    name            dialects               source
     Mend("thinking",     (MESSAGES,),           "copilot-upstream 7.1",
-         r"thinking\.type\.enabled\W.*adaptive|adaptive thinking is not supported|thinking\.type\W.*(?:input should be 'enabled'|adaptive)",
+         r"thinking\.type\.enabled\W.*adaptive|adaptive thinking is not supported|thinking\.type\W.*(?:input should be 'enabled'|adaptive|not supported)",
          learn_thinking, change_thinking),
     Mend("signature",    (MESSAGES, CHAT),      "copilot-upstream 5.1, 7.1",
-         r"signature\W* in \W*thinking\W* block|in \W*redacted_thinking\W* block|bound to a different conversation|thought.?signature",
+         r"signature\W* in \W*thinking\W* block|in \W*redacted_thinking\W* block|bound to a different conversation",
          learn_states, drop_states),
     Mend("item_state",   (RESPONSES,),          "copilot-upstream 6.4",
          r"encrypted (?:function output )?content|item_id did not match|item with id .{1,600} not found|does not belong to this connection"
          r"|expected an id that begins with|invalid_encrypted_content",
          learn_item_state, drop_item_state),
     Mend("lost_state",   (CHAT,),               "copilot-upstream 5.1",
-         r"^invalid request body$", lambda found, body, plan: learn_states(found, body, plan) or (), lose_state),
+         r"^invalid request body \[|thought.?signature", lambda found, body, plan: learn_states(found, body, plan) or (), lose_state),
     Mend("beta",         (MESSAGES,),           "copilot-upstream 7.2",
          r"anthropic-beta|beta flag|beta header|context beta", learn_betas, drop_betas),
     Mend("efforts",      EVERY,                 "user-pains P44",
-         r"(?:effort|unsupported value: '(?P<refused>\w+)').*?(?:supported values|should be|must be|one of|expected|valid|allowed|supports)(?P<allowed>.*)",
-         learn_efforts, lambda body, efforts, plan: set_effort(body, plan, efforts)),
+         rf"(?:effort|\blevel\b|{REFUSED}).*?{ALLOWED}", learn_efforts, lambda body, efforts, plan: set_effort(body, plan, efforts)),
+    Mend("verbosity",    (CHAT, RESPONSES),     "user-pains P44",
+         rf"(?:verbosity|{REFUSED}).*?{ALLOWED}", learn_verbosities, set_verbosity),
+    Mend("no_effort",    EVERY,                 "clients.md, Claude Code",
+         r"not support the effort parameter|effort\W+is not supported", learn_word, lambda body, _, plan: set_effort(body, plan, ())),
     Mend("renamed",      EVERY,                 "copilot-upstream 5.1",
          r"'(?P<old>\w+)' is not supported.*use '(?P<new>\w+)' instead", learn_names,
          lambda body, names, plan: renamed_field(body, *names)),
@@ -9367,13 +9473,15 @@ MENDS: Tuple[Mend, ...] = (
     Mend("prefill",      (CHAT, MESSAGES),      "copilot-upstream 7.1",
          r"assistant message prefill|must end with a user message", learn_word, lambda body, _, plan: answer_prefill(body, plan)),
     Mend("late_system",  (MESSAGES,),           "copilot-upstream 7.1",
-         r"role 'system' is not supported|unexpected role \W*system", learn_word, lambda body, _, plan: fold_systems(body, False)),
+         r"role 'system' is not supported|unexpected role \W*system|role: input should be 'user' or 'assistant'", learn_word, lambda body, _, plan: fold_systems(body, False)),
     Mend("reference",    (MESSAGES,),           "copilot-upstream 7.1",
-         r"tool reference '([^']+)' not found", learn_word, tell_reference),
+         r"tool reference '([^']+)' not found", learn_word,
+         lambda body, name, plan: tell_references(body, lambda given: given == name)),
     Mend("hosted_tool",  EVERY,                 "copilot-upstream 6.1, 7.1",
-         r"requested tool (\w+) is not supported|unsupported tool type:? '?(\w+)|tool(?: type)? '?(\w+)'? is not supported", learn_kind, drop_kind),
+         r"requested tool (\w+) is not supported|unsupported tool type:? '?(\w+)|tool(?: type)? '?(\w+)'? is not supported|invalid value: '(\w+)'\. supported values", learn_kind, drop_kind),
     Mend("images",       EVERY,                 "copilot-upstream 9.2; user-pains P55",
-         r"failed to parse request|request entity too large|payload too large|image exceeds|could not process image|too much media",
+         r"failed to parse request.*\[413\]|request entity too large|payload too large|image exceeds|could not process image|too much media"
+         r"|image dimensions exceed|too many images",
          learn_images, drop_images),
     Mend("field",        EVERY,                 "copilot-upstream 5.1, 6.1, 7.1; user-pains P43",
          rf"{FIELD}: extra inputs are not permitted|(?:unsupported|unknown|unrecognized)(?: request)? (?:parameter|argument|field|property)(?: supplied)?:? {FIELD}"
@@ -9381,20 +9489,22 @@ MENDS: Tuple[Mend, ...] = (
          r"|`temperature` and `(top_p)` cannot both|`(temperature|top_p|top_k)` (?:may only|must be|is deprecated)|json: unknown field \"([^\"]+)\"",
          learn_path, drop_refused),
     Mend("tool",         EVERY,                 "user-pains P50",
-         r"\btools?[.\[](?P<at>\d+)\b(?!\]?\.function_declarations)|function_declarations\[(?P<at_declared>\d+)\]|invalid schema for function '(?P<name>[^']+)'"
-         r"|(?:schema|parameters|tool|function)\W[^'\"`]{0,60}['\"`](?P<name_said>[\w.-]+)['\"`]",
+         r"(?:\btools[.\[]|function_declarations\[)(?P<at>\d+)\]?(?!\]?\.function_declarations)(?:\.tools\[(?P<inner>\d+)\])?"
+         r"(?:\.custom|\.function)?(?:\.(?:input_schema|parameters|name|description)\b|: (?!.*cache_control))"
+         r"|^(?!messages\.|input\[|tool_choice).*?(?:schema|parameters)\b[^'\"`]{0,40}\b(?:function|tool)\W{1,3}(?P<name>[\w.-]+)",
          learn_tool, quarantine),
 )
 
 
 def mend(body: Json, failure: Failure, plan: Plan) -> Optional[Lesson]:
     """Mends a body where a refusal says so, in place; None when it names nothing known, and the body is as before."""
-    if failure.status not in (400, 413, 422) or failure.kind not in ("request", "model"):
+    if failure.status not in (400, 413) or failure.kind not in ("request", "model"):
         return None
+    said = f"{failure.message} [{failure.status}] [param {failure.param or '-'}]"
     for row in MENDS:
         if row.provider != plan.provider or plan.upstream_dialect not in row.dialects:
             continue
-        found = re.search(row.pattern, failure.message, re.I | re.S)
+        found = re.search(row.pattern, said, re.I | re.S)
         lesson = row.learn(found, body, plan) if found else None
         if lesson is not None and row.cure(body, lesson, plan):
             plan.edits.append(f"mend:{row.name}")
@@ -11345,6 +11455,11 @@ class Lessons:
             while len(self._learned) > self.KEYS:
                 del self._learned[next(iter(self._learned))]
         return new
+
+    def forget(self, origin: str, dialect: str, lesson: Lesson) -> None:
+        """A lesson that did not help."""
+        with self._lock:
+            self._learned.get((origin, dialect), {}).pop(lesson, None)
 
     def of(self, origin: str, dialect: str) -> List[Lesson]:
         """The lessons that hold now."""
@@ -15125,7 +15240,7 @@ class Gateway:
         try:
             return self._send_and_relay(plan, wire, road, inbound, line, exchange)
         except UpstreamError as error:
-            told = len(plan.dropped)
+            told, refused = len(plan.dropped), error.failure.message
             lesson = mend(wire.body, error.failure, plan)
             if lesson is None:
                 raise
@@ -15133,7 +15248,12 @@ class Gateway:
         if self._lessons.learn(plan.origin, plan.upstream_dialect, lesson):
             gone = ", ".join(plan.dropped[told:])
             self._log.info(f"upstream refused a request for {plan.model}; mended and repeated: {lesson[0]}{': without ' + gone if gone else ''}")
-        self._send_and_relay(plan, wire, road, inbound, line, exchange)
+        try:
+            self._send_and_relay(plan, wire, road, inbound, line, exchange)
+        except UpstreamError as again:
+            if again.failure.message == refused:  # that was not it
+                self._lessons.forget(plan.origin, plan.upstream_dialect, lesson)
+            raise
 
     def _send_and_relay(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine,
                         exchange: Exchange) -> None:
