@@ -4594,6 +4594,13 @@ class ResponsesReader:
 # ---- writing a stream -------------------------------------------------------
 
 
+def responses_error(failure: Failure) -> Json:
+    """{"code","message"} of a failed response. It has no `type`: on the code alone Codex stops asking (clients.md)."""
+    error = openai_error(UpstreamError(failure))["error"]
+    code = error["type"] if error["type"] == "insufficient_quota" else error["code"] or "server_error"
+    return {"code": code, "message": error["message"]}
+
+
 class ResponsesItem:
     """An item of a stream being written; `parts` are open blocks inside it."""
 
@@ -4685,8 +4692,7 @@ class ResponsesWriter:
         self._finish(status, incomplete_details=None if reason is None else {"reason": reason}, usage=responses_wire_usage(usage))
 
     def _fault(self, event: Fault) -> None:
-        error = openai_error(UpstreamError(event.failure))["error"]
-        self._finish("failed", error={"code": error["code"] or "server_error", "message": error["message"]})
+        self._finish("failed", error=responses_error(event.failure))
 
     def _finish(self, status: str, **fields: Any) -> None:
         self.response = {**self.response, "status": status, "output": [item for item in self._output if item is not None], **fields}
@@ -5011,9 +5017,7 @@ class ResponsesMeter(Meter):
             frames = format_sse("response.created", {"type": "response.created", "sequence_number": number,
                                                      "response": self._response})
             number += 1
-        error = openai_error(UpstreamError(self.error or CUT))["error"]
-        response = {**self._response, "status": "failed",
-                    "error": {"code": error["code"] or "server_error", "message": error["message"]}}
+        response = {**self._response, "status": "failed", "error": responses_error(self.error or CUT)}
         return frames + format_sse("response.failed", {"type": "response.failed", "sequence_number": number,
                                                        "response": response})
 

@@ -14854,6 +14854,15 @@ class SlowReaders(RelayCase):
         self.assertEqual((times, times), (self.sent, body.count(frames[1])))
         self.assertEqual(frames[0] + frames[1] * times + b"".join(frames[2:]), body)
 
+    def test_a_translated_stream_too(self):
+        frames, times = [script(cp.CHAT)[0], chat_frame({"content": "x" * 65000}), *script(cp.CHAT)[-3:]], 300
+        self.upstream.answer(CHAT_PATH, replace(stream(), pieces=self.flood(frames, times)))
+        client, last = self.client(), [-1, -2]
+        client.request("POST", *asking(cp.MESSAGES, model="gpt-4o", stream=True))
+        wait_until(lambda: (last.append(self.sent), time.sleep(0.04), self.sent and len(set(last[-4:])) == 1)[2])
+        self.assertLess(self.sent, times)
+        client.head()
+        self.assertEqual((times, times), (self.rest(client).count(b"x" * 65000), self.sent))
 
 
 class QueueOrder(unittest.TestCase):
@@ -17620,6 +17629,17 @@ class LongLimits(LimitCase):
                 self.assertEqual(long if dialect != cp.MESSAGES else False, error["type"] == "insufficient_quota")
                 if dialect == cp.GEMINI:
                     self.assertEqual(long, any(detail["@type"].endswith("QuotaFailure") for detail in error.get("details", ())))
+
+    def test_behind_keep_alives_the_ending_says_it(self):
+        self.gateway.app.settings().values.update({"streams.keepAliveSeconds": 0.05, "streams.statusHoldSeconds": 0.05})
+        for (dialect, model), step in itertools.product([*self.ASKED.items(), (cp.RESPONSES, "gpt-4o")], (LONG_LIMIT, reply(402, capi("none left", "quota_exceeded")))):
+            with self.subTest(dialect, model=model, status=step.status):
+                self.forget()
+                self.upstream.answer(self.path_of(model, dialect), hang(0.15, step))
+                answer = self.put(dialect, True, model).reply()
+                self.assertEqual((200, "", 1), (answer.status, COMPLAINTS[dialect](answer.body), len(self.seen_models())))
+                self.assertIn("resets " if step.status == 429 else "none left", answer.text)
+                self.assertEqual(dialect != cp.MESSAGES, "insufficient_quota" in answer.text)
 
     def test_a_limit_known_to_be_long_does_not_keep_the_next_request_from_upstream(self):
         self.upstream.answer(CHAT_PATH, LONG_LIMIT)
