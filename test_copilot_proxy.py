@@ -10918,7 +10918,7 @@ class SettingSources(HomeCase):
     OUT_OF_RANGE = [("port", 70000), ("port", -1), ("port", 1.5), ("port", True), ("limits.bodyBytes", 1.5), ("maxConnectionRetries", "x"),
                     ("streams.keepAliveSeconds", -1), ("streams.keepAliveSeconds", "1e3"), ("streams.keepAliveSeconds", 1e300),
                     ("verbose", "maybe"), ("verbose", 1), ("root", "Auto"), ("useResponsesApiWebSocket", "true"), ("cors.origins", [1]),
-                    ("streams.keepAliveSeconds", float("nan")), ("images.maxCount", "5.5"), ("host", 5), ("providers", [])]
+                    ("streams.keepAliveSeconds", float("nan")), ("images.maxCount", "5.5"), ("host", 5), ("providers", []), ("fallbacks", {"a": 7}), ("fallbacks", {"a": ["b", 7]})]
 
     def test_value_out_of_range_is_a_warning_that_shows_it_and_what_is_accepted(self):
         for key, value in self.OUT_OF_RANGE:
@@ -10926,6 +10926,9 @@ class SettingSources(HomeCase):
                 settings = cp.Settings(nested(key, value), {}, {})
                 self.assertEqual("default", settings.origins[key])
                 self.assertRegex(settings.warnings[0], f"{re.escape(key)}.*{re.escape(json.dumps(value)[:9])}.* must be .+")
+
+    def test_one_fallback_needs_no_list(self):
+        self.assertEqual({"a": ["b"], "c": ["d", "e"]}, cp.Settings({"fallbacks": {"a": "b", "c": ["d", "e"]}}, {}, {})["fallbacks"])
 
     def test_wrong_secret_is_warned_about_without_its_value(self):
         for key in ("adminAuth.secretHash", "anthropicApiKey"):
@@ -12485,6 +12488,16 @@ class CopilotTokens(AccountCase):
             with self.subTest(odd):
                 accounts = self.settled(Door(refresh_in=odd), flag="t")
                 self.assertTrue(accounts.active.copilot.is_fresh(time.time() + 1200))
+
+    def test_a_late_refusal_of_the_old_token_spares_the_new_one(self):
+        door = Door()
+        accounts = self.settled(door, flag="t")
+        old = accounts.bearer()
+        accounts.spoil(old)
+        new = accounts.bearer()
+        accounts.spoil(old)
+        self.assertIs(new, accounts.bearer())
+        self.assertEqual(2, len(door.exchanged()))
 
     def test_failed_renewal_is_told_and_tried_again_at_the_next_call(self):
         now, door = [1e9], Door()
@@ -17606,7 +17619,8 @@ class Fallbacks(LimitCase):
         client = self.put(cp.CHAT, False)
         wait_until(lambda: self.upstream.seen(CHAT_PATH))
         self.gateway.app.watch.lines()[0].stopper.stop(cp.UpstreamError(cp.STOPPED))
-        self.assertEqual((503, ["gpt-4o"]), (client.reply().status, self.seen_models()))
+        answer = client.reply()
+        self.assertEqual((503, ["gpt-4o"], ""), (answer.status, self.seen_models(), self.row(answer)["given_up"]))
 
 
 class LongLimits(LimitCase):
@@ -17735,6 +17749,15 @@ class QueuedRequests(LimitCase):
                 self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)))
                 self.assertIn("limits.concurrentPerClient", answer.text)
         release.set()
+
+    def test_a_stop_ends_the_wait(self):
+        self.gateway.app.settings().values["streams.statusHoldSeconds"] = 5.0
+        self.busy()
+        second = self.put(cp.CHAT, True)
+        wait_until(lambda: self.queued() == 1)
+        for line in self.gateway.app.watch.lines():
+            line.stopper.stop(cp.UpstreamError(cp.STOPPED))
+        self.assertEqual((503, 0, ["gpt-5.4"]), (second.reply().status, self.queued(), self.seen_models()))
 
     def test_a_place_comes_free_however_a_request_ends(self):
         forever = threading.Event()
