@@ -17557,7 +17557,7 @@ class Fallbacks(LimitCase):
         self.assertEqual(("Hello from gpt-4o", None), (self.hear(cp.CHAT, False, answer), answer.headers.get("x-copilot-api-fallback")))
 
     def test_never_after_the_first_byte(self):
-        for end in ({"end": "reset"}, {}):
+        for end in ({"end": "cut"}, {}):
             for dialect in DIALECTS_SERVED:
                 with self.subTest(dialect, **end):
                     self.forget()
@@ -17761,7 +17761,7 @@ class QueuedRequests(LimitCase):
 
     def test_a_place_comes_free_however_a_request_ends(self):
         forever = threading.Event()
-        for label, step in (("error", reply(400, "bad")), ("cut", stream(script(cp.CHAT)[0], end="reset")), ("gone", stream(script(cp.CHAT)[0], forever))):
+        for label, step in (("error", reply(400, "bad")), ("cut", stream(script(cp.CHAT)[0], end="cut")), ("gone", stream(script(cp.CHAT)[0], forever))):
             with self.subTest(label):
                 self.forget()
                 self.upstream.answer(CHAT_PATH, step)
