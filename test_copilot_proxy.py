@@ -17755,8 +17755,7 @@ class QueuedRequests(LimitCase):
         self.busy()
         second = self.put(cp.CHAT, True)
         wait_until(lambda: self.queued() == 1)
-        for line in self.gateway.app.watch.lines():
-            line.stopper.stop(cp.UpstreamError(cp.STOPPED))
+        self.gateway.app.watch.lines()[-1].stopper.stop(cp.UpstreamError(cp.STOPPED))
         self.assertEqual((503, 0, ["gpt-5.4"]), (second.reply().status, self.queued(), self.seen_models()))
 
     def test_a_place_comes_free_however_a_request_ends(self):
