@@ -14968,6 +14968,7 @@ class QueueOrder(unittest.TestCase):
         wait_until(lambda: len(self.served) == 4)
         done.set()
         self.finish(threads)
+        self.assertEqual({"a", "b", "c", "d"}, set(self.served))
 
     def test_no_place_is_lost_in_a_crowd(self):
         self.settings.update({"limits.concurrentPerClient": 3, "limits.queueSeconds": 0.02})
