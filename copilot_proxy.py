@@ -89,7 +89,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
 from urllib.parse import parse_qsl, unquote, urlsplit
-from typing import (Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Pattern, Sequence, Set, Tuple,
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Pattern, Sequence, Set, Tuple,
                     Union)
 
 ###############################################################################
@@ -555,6 +555,7 @@ class Plan:
     cut_at: Optional[int] = None  # tokens of visible text after which we end the answer; None where upstream does
     edits: List[str] = field(default_factory=list)  # names of the rows that changed something
     dropped: List[str] = field(default_factory=list)  # named to the client
+    given_up: Dict[str, str] = field(default_factory=dict)  # models that could not serve, in the order tried -> kind of failure
 
 
 @dataclass
@@ -904,6 +905,11 @@ ADVICE = (
 )
 
 
+def is_long(failure: Failure) -> bool:
+    """Whether a limit lasts so long that nobody should wait for its end."""
+    return failure.kind in ("rate", "quota") and (failure.wait_s or 0) >= LONG_WAIT_S
+
+
 def advised(failure: Failure) -> str:
     """Upstream's message, and behind it what to do about a limit or a policy and when the limit ends."""
     if failure.code in (UNREACHABLE, INTERRUPTED):
@@ -912,14 +918,24 @@ def advised(failure: Failure) -> str:
     if failure.status == 466:
         text += " client not supported"
     advice = next((advice for kind, pattern, advice in ADVICE if kind == failure.kind and re.search(pattern, text)), None)
-    resets = failure.resets_at if failure.kind in ("rate", "quota") and (failure.wait_s or 0) >= LONG_WAIT_S else None
+    resets = failure.resets_at if is_long(failure) else None
     said = [advice] if advice else []
     said += [f"resets {email.utils.formatdate(resets, localtime=True)}"] if resets else []
     return f"{failure.message} ({'; '.join(said)})" if said else failure.message
 
 
-LONG_WAIT_S = 60.0  # a shorter wait needs no date
+LONG_WAIT_S = 60.0  # a shorter wait needs no date, and a client may well wait for its end
 UNREACHABLE, INTERRUPTED = "upstream_unreachable", "stream_interrupted"  # codes of transport failures
+
+
+# Another model may serve where one is limited, overloaded or not to be had; what the request, the account's rights or
+# its sign-in are refused for would be refused again.
+FALLBACK_KINDS = frozenset(("rate", "quota", "transport", "model"))
+
+
+def may_fall_back(failure: Failure) -> bool:
+    """Whether `fallbacks` concern a failure."""
+    return failure.kind in FALLBACK_KINDS or failure.kind == "policy" and failure.scope == "model"
 
 
 def unreachable(message: str, tries: int = 1, status: int = 504) -> Failure:
@@ -1485,8 +1501,8 @@ def openai_error(error: ProxyError) -> Json:
     code = error.code
     if failure is not None and failure.kind == "overflow":
         code = "context_length_exceeded"  # what Codex and opencode compact on (clients.md)
-    if failure is not None and failure.kind == "quota":
-        kind = "insufficient_quota"
+    if failure is not None and (failure.kind == "quota" or is_long(failure)):
+        kind = "insufficient_quota"  # the word on which clients do not try again (clients.md)
     return {"error": {"message": redact(error.message), "type": kind, "param": error.param, "code": code}}
 
 
@@ -4595,6 +4611,13 @@ class ResponsesReader:
 # ---- writing a stream -------------------------------------------------------
 
 
+def responses_error(failure: Failure) -> Json:
+    """{"code","message"} of a failed response. It has no `type`: on the code alone Codex stops asking (clients.md)."""
+    error = openai_error(UpstreamError(failure))["error"]
+    code = error["type"] if error["type"] == "insufficient_quota" else error["code"] or "server_error"
+    return {"code": code, "message": error["message"]}
+
+
 class ResponsesItem:
     """An item of a stream being written; `parts` are open blocks inside it."""
 
@@ -4686,8 +4709,7 @@ class ResponsesWriter:
         self._finish(status, incomplete_details=None if reason is None else {"reason": reason}, usage=responses_wire_usage(usage))
 
     def _fault(self, event: Fault) -> None:
-        error = openai_error(UpstreamError(event.failure))["error"]
-        self._finish("failed", error={"code": error["code"] or "server_error", "message": error["message"]})
+        self._finish("failed", error=responses_error(event.failure))
 
     def _finish(self, status: str, **fields: Any) -> None:
         self.response = {**self.response, "status": status, "output": [item for item in self._output if item is not None], **fields}
@@ -5012,9 +5034,7 @@ class ResponsesMeter(Meter):
             frames = format_sse("response.created", {"type": "response.created", "sequence_number": number,
                                                      "response": self._response})
             number += 1
-        error = openai_error(UpstreamError(self.error or CUT))["error"]
-        response = {**self._response, "status": "failed",
-                    "error": {"code": error["code"] or "server_error", "message": error["message"]}}
+        response = {**self._response, "status": "failed", "error": responses_error(self.error or CUT)}
         return frames + format_sse("response.failed", {"type": "response.failed", "sequence_number": number,
                                                        "response": response})
 
@@ -10986,6 +11006,13 @@ def _table(value: Any) -> Json:
     return value
 
 
+def _name_lists(value: Any) -> Dict[str, List[str]]:
+    try:
+        return {name: _strings(names) for name, names in _table(value).items()}
+    except ValueError as exc:
+        raise ValueError("an object of lists of model names") from exc
+
+
 def _rows(value: Any) -> List[Any]:
     if not isinstance(value, list):
         raise ValueError("a list")
@@ -11065,7 +11092,7 @@ SETTINGS: Tuple[Tuple[str, Any, Callable[[Any], Any], Tuple[str, ...]], ...] = (
     ("streams.keepAliveSeconds", 10, _number, ()),
     ("streams.statusHoldSeconds", 10, _number, ()),
     ("streams.retryWaitSeconds", 60, _number, ()),
-    ("fallbacks", {}, _table, ()),
+    ("fallbacks", {}, _name_lists, ()),
     ("modelMappings", {}, _table, ()),
     ("unknownModels", "resolve", _one_of("resolve", "refuse"), ()),
     ("context1m", "suffix", _one_of("suffix", "auto", "off"), ()),
@@ -11746,9 +11773,13 @@ def reason_of(exc: BaseException) -> str:
 
 
 class Pool:
-    """Idle kept-alive sockets by (scheme, host, tunnel)."""
+    """Idle kept-alive sockets by (scheme, host, tunnel).
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Their age is wall clock: a monotonic one stands still while a laptop sleeps, and a socket whose route was forgotten
+    meanwhile takes a request in and never answers.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._idle: Dict[Tuple[str, str, str], List[Conn]] = {}  # guarded by _lock
@@ -11761,7 +11792,7 @@ class Pool:
                 if not waiting:
                     return None
                 conn = waiting.pop()
-            if self._clock() - conn.idle_since < POOL_IDLE_S and not conn.readable(0):
+            if 0 <= self._clock() - conn.idle_since < POOL_IDLE_S and not conn.readable(0):
                 return conn
             conn.close()
 
@@ -14254,7 +14285,7 @@ LEDGER_TABLES: Dict[str, Tuple[Tuple[str, str], ...]] = {
         ("initiator", "TEXT"), ("initiator_reason", "TEXT"), ("interaction", "TEXT"), ("subagent", "TEXT"),
         ("compaction", "INTEGER"), ("vision", "INTEGER"), ("provider", "TEXT"), ("account", "TEXT"), ("asked_model", "TEXT"),
         ("model", "TEXT"), ("model_reason", "TEXT"), ("served_model", "TEXT"), ("dialect", "TEXT"),
-        ("upstream_dialect", "TEXT"), ("road", "TEXT"), ("stream", "INTEGER"), ("edits", "TEXT"), ("dropped", "TEXT"),
+        ("upstream_dialect", "TEXT"), ("road", "TEXT"), ("stream", "INTEGER"), ("edits", "TEXT"), ("dropped", "TEXT"), ("given_up", "TEXT"),
         ("attempts", "INTEGER"), ("status", "INTEGER"), ("outcome", "TEXT"), ("failure_kind", "TEXT"), ("failure_scope", "TEXT"),
         ("failure_message", "TEXT"), ("resets_at", "REAL"), ("upstream_request_id", "TEXT"), ("stop_reason", "TEXT"),
         ("request_bytes", "INTEGER"), ("response_bytes", "INTEGER"), ("first_byte_ms", "INTEGER"), ("duration_ms", "INTEGER"),
@@ -14294,6 +14325,7 @@ def request_row(exchange: Exchange) -> Row:
         "asked_model": plan.asked_model, "model": plan.model, "model_reason": plan.model_reason,
         "served_model": exchange.served_model, "dialect": plan.dialect, "upstream_dialect": plan.upstream_dialect,
         "road": plan.road, "stream": int(plan.stream), "edits": ",".join(plan.edits), "dropped": ",".join(plan.dropped),
+        "given_up": ",".join(f"{model};{kind}" for model, kind in plan.given_up.items()),
         "attempts": exchange.attempts, "status": exchange.status, "outcome": exchange.outcome,
         "failure_kind": failure.kind if failure else None, "failure_scope": failure.scope if failure else None,
         "failure_message": redact(failure.message)[:500] if failure else None, "resets_at": failure.resets_at if failure else None,
@@ -14503,6 +14535,8 @@ class Inbound:
     body: bytes
     trace_id: str = ""
     base_headers: List[Tuple[str, str]] = field(default_factory=list)
+    peer: str = ""  # the client's address
+    key_name: str = ""  # names the API key that let it in, without telling it; "" without keys
 
 
 def answer_head(status: int, headers: Sequence[Tuple[str, str]]) -> bytes:
@@ -14520,7 +14554,7 @@ def error_headers(error: ProxyError) -> List[Tuple[str, str]]:
     """Headers of an error answer: what upstream said about limits, and that a retry is of no use where it is."""
     failure = getattr(error, "failure", None)
     headers = list(error.headers.items())
-    if error.final or failure is not None and failure.kind in NO_RETRY_KINDS:
+    if error.final or failure is not None and (failure.kind in NO_RETRY_KINDS or is_long(failure)):
         headers.append(("x-should-retry", "false"))
     return headers
 
@@ -14565,11 +14599,101 @@ class RateGate:
         if wait <= 0:
             return
         if not settings["rateLimitWait"]:
-            error = ClientError(f"Rate limit exceeded; retry in {wait:.1f}s", status=429, code="rate_limited",
-                                kind="rate_limit_error", headers={"retry-after": str(math.ceil(wait))})
-            error.final = False
-            raise error
+            raise try_later(f"Rate limit exceeded; retry in {wait:.1f}s", wait)
         stopper.wait(wait)
+
+
+def try_later(message: str, wait_s: float) -> ClientError:
+    """A 429 of ours that a client may well retry."""
+    error = ClientError(message, status=429, code="rate_limited", kind="rate_limit_error",
+                        headers={"retry-after": str(math.ceil(wait_s))})
+    error.final = False
+    return error
+
+
+# When a client refused by the queue may come again: places come free one by one, not at a known time.
+QUEUE_RETRY_S = 5.0
+
+
+class ClientQueue:
+    """At most `limits.concurrentPerClient` requests of one client run at a time; the others stand in line.
+
+        run -> running                       a place is free and nobody waits for it
+            -> waiting -> running            the one that ends hands its place on, the oldest first
+                       -> 429, client gone   `limits.queueSeconds` are over, the client left; the place in line is given up
+
+    Clients do not wait for each other. The limit is live: a higher one takes effect as requests end.
+    """
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._running: Dict[str, int] = {}  # requests by client; guarded by _lock
+        self._waiting: Dict[str, Deque[threading.Event]] = {}  # set: it is your turn; guarded by _lock
+
+    def run(self, client: str, stopper: Stopper, work: Callable[[], None]) -> None:
+        """Does the work when it is its turn; raises ClientError 429, ClientGone."""
+        turn = self._take(client)
+        if turn is not None:
+            self._wait(client, turn, stopper)
+        try:
+            work()
+        finally:
+            with self._lock:
+                self._leave(client)
+
+    def _take(self, client: str) -> Optional[threading.Event]:
+        """None with a place taken, else the turn to wait for."""
+        with self._lock:
+            if client not in self._waiting and self._has_room(client):
+                self._running[client] = self._running.get(client, 0) + 1
+                return None
+            turn = threading.Event()
+            self._waiting.setdefault(client, deque()).append(turn)
+            return turn
+
+    def _wait(self, client: str, turn: threading.Event, stopper: Stopper) -> None:
+        seconds, come = self._settings()["limits.queueSeconds"], False
+        try:
+            come = wait_for(turn, seconds, stopper)
+        finally:
+            if not come:
+                self._give_up(client, turn)
+        if not come:
+            limit = self._settings()["limits.concurrentPerClient"]
+            raise try_later(f"{limit} requests of this client are running already (limits.concurrentPerClient) and none of them "
+                            f"ended within {seconds:g} s", QUEUE_RETRY_S)
+
+    def _give_up(self, client: str, turn: threading.Event) -> None:
+        with self._lock:
+            if turn.is_set():  # it came in the last moment: somebody else may have it
+                self._leave(client)
+                return
+            self._waiting[client].remove(turn)
+            if not self._waiting[client]:
+                del self._waiting[client]
+
+    def _has_room(self, client: str) -> bool:
+        limit = self._settings()["limits.concurrentPerClient"]
+        return not limit or self._running.get(client, 0) < limit
+
+    def _leave(self, client: str) -> None:
+        """Frees one place and hands out what is free; called with the lock held."""
+        self._running[client] -= 1
+        waiting = self._waiting.get(client)
+        while waiting and self._has_room(client):
+            waiting.popleft().set()
+            self._running[client] += 1
+        if not waiting:
+            self._waiting.pop(client, None)
+        if not self._running[client]:
+            del self._running[client]
+
+
+def share_of(inbound: Inbound, caller: Caller) -> str:
+    """Who shares one share of `limits.concurrentPerClient`: all who hold one key; without keys one session (or, where
+    none is told, one program) of one address."""
+    return inbound.key_name or f"{inbound.peer} {caller.session_id or caller.client}"
 
 
 class Planner:
@@ -14603,16 +14727,33 @@ class Planner:
             plan.record = (self._models.current() or catalogue).records.get(plan.model)
             reasons += [reason] if reason else []
         plan.model_reason = ",".join(reasons) or None
+        self._direct(plan)
+
+    def _direct(self, plan: Plan) -> None:
+        """Fills in the way to the plan's model; raises ClientError."""
         if plan.operation == EMBEDDINGS:
             plan.upstream_dialect = EMBEDDINGS
             if plan.record is not None and EMBEDDINGS not in endpoint_dialects(plan.record):
                 raise wrong_endpoint(plan.model, EMBEDDINGS, endpoint_dialects(plan.record))
         elif plan.record is not None:
-            plan.upstream_dialect = self._routed(plan.dialect, plan.record, settings)
+            plan.upstream_dialect = self._routed(plan.dialect, plan.record, self._settings())
         elif plan.dialect == GEMINI:
             plan.upstream_dialect = CHAT
         plan.road = "pass-through" if plan.upstream_dialect == plan.dialect else "translated"
         plan.origin = self._origin(plan)
+
+    def fall_back(self, plan: Plan, name: str) -> bool:
+        """Points a fresh plan at a model of `fallbacks`; False for a name nobody has. Raises ClientError where it cannot serve.
+
+        The operator's name means what it says: it is neither mapped nor replaced by its kin.
+        """
+        catalogue = self._models.current()
+        found = catalogue.find(self._long(name, plan)) if catalogue is not None else None
+        if catalogue is None or found is None:
+            return False
+        plan.provider, plan.model, plan.record = self._provider.name, found[0], catalogue.records[found[0]]
+        self._direct(plan)
+        return True
 
     def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
         """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
@@ -14674,18 +14815,20 @@ class Sender:
     def send(self, plan: Plan, wire: bytes, inbound: Inbound, stopper: Stopper, exchange: Exchange) -> Answer:
         """An answer of status 200; repeated before the first byte as RetryPolicy says; raises UpstreamError.
 
-        A refused Copilot token is replaced once, and the request replayed.
+        A refused Copilot token is replaced and the request replayed, once for each way to refuse it: an expired token
+        (401) may hide that the host has changed (421) or that it is not the one for this account (403).
         """
         accounts = self._provider.accounts
-        renewed, repeats = False, 0
+        renewed: Set[int] = set()
+        repeats = 0
         while True:
             token = accounts.bearer(stopper)
             exchange.account = accounts.active.login if accounts.active else ""
             answer, failure = self.attempt(plan, token, wire, stopper, inbound, exchange)
             if answer is not None:
                 return answer
-            if failure.renew and not renewed and not token.direct:
-                renewed = True
+            if failure.renew and failure.status not in renewed and not token.direct:
+                renewed.add(failure.status)
                 self._log.debug(f"upstream answered {failure.status}; a fresh Copilot token is tried once")
                 accounts.spoil(token)
                 continue
@@ -15116,6 +15259,16 @@ class Outgoing:
     raw: bytes
 
 
+@dataclass
+class Turn:
+    """A request on its way to one model: what the client meant, what was decided, what is sent, how the answer returns."""
+
+    request: Request
+    plan: Plan
+    wire: Outgoing
+    road: Road
+
+
 def says_something(message: Message) -> bool:
     """Whether a turn of the conversation holds more than blanks."""
     return message.role != "system" and any(not isinstance(block, Text) or block.text.strip() for block in message.content)
@@ -15145,6 +15298,7 @@ class Gateway:
         self._approve = approve
         self._approve_lock = threading.Lock()  # one question at a time on the terminal
         self._gate = RateGate()
+        self._queue = ClientQueue(settings)
         self._recollection = Recollection()
         self._lessons = Lessons()
 
@@ -15153,9 +15307,25 @@ class Gateway:
 
         Raises ProxyError while nothing has been sent, ClientGone.
         """
-        codec = CODECS[dialect]
-        body = {**want_object(parse_json(inbound.body), "the request body"), **(said or {})}
-        request = codec.decode_request(body)
+        read = partial(self._read, dialect, inbound, exchange, said or {})
+        plan, body, request = read()
+        self._watch.add(line)
+        self._planner.choose(plan, line.stopper)
+        turn = self._turn(plan, body, request, inbound, line, exchange)
+        try:
+            self._permit(plan, line.stopper)
+            self._queue.run(share_of(inbound, plan.caller), line.stopper, partial(self._serve, turn, read))
+        except ProxyError as error:
+            if not line.settle():
+                raise
+            exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure_of(error)
+            self._watch.remove(line)
+            line.finish(turn.road.ending(exchange.failure))
+
+    def _read(self, dialect: str, inbound: Inbound, exchange: Exchange, said: Json) -> Tuple[Plan, Json, Request]:
+        """(a fresh plan, the client's body, the request it means): read and interpret; raises ClientError."""
+        body = {**want_object(parse_json(inbound.body), "the request body"), **said}
+        request = CODECS[dialect].decode_request(body)
         if dialect == GEMINI and not any(says_something(message) for message in request.messages):
             raise ClientError(GEMINI_EMPTY)
         plan = exchange.plan = Plan(dialect, asked_model=request.model, stream=request.stream, asked_at=exchange.started_ms // 1000,
@@ -15164,8 +15334,10 @@ class Gateway:
         settings = self._settings()
         plan.caller = identify(inbound.headers, body, request, self._machine_id, settings["initiatorPolicy"])
         plan.image_limits = ImageLimits(settings["images.maxBytes"], settings["images.maxDimension"], settings["images.maxCount"])
-        self._watch.add(line)
-        self._planner.choose(plan, line.stopper)
+        return plan, body, request
+
+    def _turn(self, plan: Plan, body: Json, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange) -> Turn:
+        """The request as the plan's model gets it, and the road of its answer. Edits the body."""
         quirks = quirks_for(plan)
         if plan.road == "translated":
             wire = self._translated(plan, request, quirks)
@@ -15173,24 +15345,69 @@ class Gateway:
             road: Road = TranslatedRoad(plan, request, inbound, line, exchange, self._watch, self._recollection,
                                         self._cutter(plan, request), expected)
         else:
-            if dialect == CHAT and needs_state(plan.model):
+            if plan.dialect == CHAT and needs_state(plan.model):
                 road = RememberingRoad(plan, quirks, inbound, line, exchange, self._watch, self._recollection)
             else:
                 road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
             wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
-            line.may_open_early(answer_head(200, road.stream_headers({})), codec.keep_alive)
+            line.may_open_early(answer_head(200, road.stream_headers({})), CODECS[plan.dialect].keep_alive)
+        return Turn(request, plan, wire, road)
+
+    def _serve(self, turn: Turn, read: Callable[[], Tuple[Plan, Json, Request]]) -> None:
+        """Serves a turn, or one of its fallbacks in its place; raises UpstreamError while nothing has been relayed.
+
+        A short limit has been waited out before: the client asked for this model, and its prompt cache is there. A quota
+        and a long wait change models at once. When none serves, the first error counts: it is about what was asked for.
+        """
         try:
-            self._permit(plan, line.stopper)
-            self._repeated(partial(self._mended, plan, wire, road, inbound, line, exchange), line, exchange)
-            if exchange.outcome == "ok" and exchange.usage is not None and not exchange.usage.estimated:  # the client has its answer
-                self._prompts.learn(request, plan.model, exchange.usage.input)
-        except ProxyError as error:
-            if not line.settle():
+            self._serve_once(turn)
+        except UpstreamError as error:
+            hopeless = turn.road.line.stopper.stopped or not may_fall_back(error.failure)
+            if hopeless or not self._fall_back(turn, error.failure, read):
                 raise
-            exchange.status, exchange.outcome, exchange.failure = 200, "upstream_error", failure_of(error)
-            self._watch.remove(line)
-            line.finish(road.ending(exchange.failure))
+
+    def _fall_back(self, turn: Turn, failure: Failure, read: Callable[[], Tuple[Plan, Json, Request]]) -> bool:
+        """Whether one of the `fallbacks` of the turn's model served; each is asked once, in order."""
+        plan, fallbacks = turn.plan, self._settings()["fallbacks"]
+        given_up = {plan.model: failure.kind}
+        for name in fallbacks.get(plan.model) or fallbacks.get(plan.asked_model) or ():
+            following = self._fallback_turn(turn, name, given_up, read)
+            if following is None:
+                continue
+            try:
+                self._serve_once(following)
+                return True
+            except UpstreamError as error:
+                given_up[following.plan.model] = error.failure.kind
+        turn.road.exchange.plan = plan
+        plan.given_up = given_up if len(given_up) > 1 else {}
+        return False
+
+    def _fallback_turn(self, turn: Turn, name: str, given_up: Dict[str, str],
+                       read: Callable[[], Tuple[Plan, Json, Request]]) -> Optional[Turn]:
+        """The turn of a fallback, from the client's own body; None where it is not there, was tried, or cannot serve."""
+        road = turn.road
+        plan, body, request = read()
+        try:
+            if not self._planner.fall_back(plan, name):
+                self._log.once(f"fallback {name}", f"fallbacks: no model is called {json.dumps(name)}; it is passed over")
+            elif plan.model not in given_up:
+                plan.given_up = dict(given_up)
+                plan.model_reason = ",".join(filter(None, (turn.plan.model_reason, "fallback")))
+                self._log.info(f"{turn.plan.model} cannot serve ({given_up[turn.plan.model]}); {plan.model} is asked in its place")
+                return self._turn(plan, body, request, road.inbound, road.line, road.exchange)
+        except ClientError as error:
+            self._log.info(f"fallback {name} cannot serve this request: {error.message}")
+        return None
+
+    def _serve_once(self, turn: Turn) -> None:
+        """Sends one turn and relays its answer; raises UpstreamError while nothing of upstream's has been relayed."""
+        plan, road = turn.plan, turn.road
+        exchange = road.exchange
+        self._repeated(partial(self._mended, plan, turn.wire, road, road.inbound, road.line, exchange), road.line, exchange)
+        if exchange.outcome == "ok" and exchange.usage is not None and not exchange.usage.estimated:  # the client has its answer
+            self._prompts.learn(turn.request, plan.model, exchange.usage.input)
 
     def _translated(self, plan: Plan, request: Request, quirks: Sequence[Quirk]) -> Outgoing:
         """What to send in upstream's dialect: state opened, fitted to the model, tools flattened, quirks applied."""
@@ -15479,6 +15696,9 @@ def model_headers(plan: Plan, inbound: Inbound, upstream: Dict[str, str]) -> Lis
     headers += [("x-request-id", request_id), ("request-id", request_id), ("x-copilot-api-model", plan.model)]
     if plan.model_reason:
         headers.append(("x-copilot-api-reason", plan.model_reason))
+    if plan.given_up:
+        tried = [f"{model};{kind}" for model, kind in plan.given_up.items()]
+        headers.append(("x-copilot-api-fallback", ",".join([*tried, plan.model])))
     if plan.dropped:
         headers.append(("x-copilot-api-dropped", ",".join(plan.dropped)))
     return headers
@@ -15833,6 +16053,11 @@ def given_keys(headers: Dict[str, str], query: Dict[str, str]) -> List[str]:
 def has_key(given: Sequence[str], keys: Sequence[Secret]) -> bool:
     """Whether one of the given keys is one of ours; every comparison is made, in constant time each."""
     return any([key.matches(one) for one in given for key in keys])
+
+
+def key_name(given: Sequence[str], keys: Sequence[Secret]) -> str:
+    """A name for the key that let a request in: equal for equal keys, and it does not tell the key. "" for none."""
+    return next((hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:12] for key in given if has_key([key], keys)), "")
 
 
 def header_keys(headers: Dict[str, str]) -> List[str]:
@@ -16211,7 +16436,8 @@ class _Call:
         self._admit()
         if error is not None:
             raise error
-        inbound = Inbound(self.method, self.path, self.query, self.headers, self._body(), self.exchange.trace_id, self.base_headers)
+        inbound = Inbound(self.method, self.path, self.query, self.headers, self._body(), self.exchange.trace_id, self.base_headers,
+                          self.peer, key_name(self._keys(), self.settings["auth.apiKeys"]))
         self._log_request(inbound.body)
         if self.route.plain is not None:
             self._send(self.route.plain(self.app, inbound, name))
@@ -16410,7 +16636,7 @@ def exchange_line(exchange: Exchange) -> str:
     """One line that says what was decided and how it ended."""
     row = request_row(exchange)
     shown = ("client", "asked_model", "model", "model_reason", "initiator", "initiator_reason", "session_reason", "prompt_id",
-             "vision", "interaction", "edits", "dropped", "attempts", "failure_kind", "failure_scope", "input_tokens",
+             "vision", "interaction", "edits", "dropped", "given_up", "attempts", "failure_kind", "failure_scope", "input_tokens",
              "output_tokens", "stop_reason", "first_byte_ms", "duration_ms")
     facts = " ".join(f"{name}={json.dumps(row[name])}" for name in shown if row[name] not in (None, "", 0))
     return f"{exchange.method} {exchange.path} -> {exchange.status} {exchange.outcome} {facts}"

@@ -10918,7 +10918,7 @@ class SettingSources(HomeCase):
     OUT_OF_RANGE = [("port", 70000), ("port", -1), ("port", 1.5), ("port", True), ("limits.bodyBytes", 1.5), ("maxConnectionRetries", "x"),
                     ("streams.keepAliveSeconds", -1), ("streams.keepAliveSeconds", "1e3"), ("streams.keepAliveSeconds", 1e300),
                     ("verbose", "maybe"), ("verbose", 1), ("root", "Auto"), ("useResponsesApiWebSocket", "true"), ("cors.origins", [1]),
-                    ("streams.keepAliveSeconds", float("nan")), ("images.maxCount", "5.5"), ("host", 5), ("providers", [])]
+                    ("streams.keepAliveSeconds", float("nan")), ("images.maxCount", "5.5"), ("host", 5), ("providers", []), ("fallbacks", {"a": 7}), ("fallbacks", {"a": ["b", 7]})]
 
     def test_value_out_of_range_is_a_warning_that_shows_it_and_what_is_accepted(self):
         for key, value in self.OUT_OF_RANGE:
@@ -10926,6 +10926,9 @@ class SettingSources(HomeCase):
                 settings = cp.Settings(nested(key, value), {}, {})
                 self.assertEqual("default", settings.origins[key])
                 self.assertRegex(settings.warnings[0], f"{re.escape(key)}.*{re.escape(json.dumps(value)[:9])}.* must be .+")
+
+    def test_one_fallback_needs_no_list(self):
+        self.assertEqual({"a": ["b"], "c": ["d", "e"]}, cp.Settings({"fallbacks": {"a": "b", "c": ["d", "e"]}}, {}, {})["fallbacks"])
 
     def test_wrong_secret_is_warned_about_without_its_value(self):
         for key in ("adminAuth.secretHash", "anthropicApiKey"):
@@ -11548,6 +11551,17 @@ class KeptConnections(DoorCase):
         pool.give(conn)
         now[0] = cp.POOL_IDLE_S + 1
         self.assertEqual((None, -1), (pool.take(conn.key), conn.sock.fileno()))
+
+    def test_a_socket_that_slept_with_the_laptop_is_closed_and_so_is_one_from_the_future(self):
+        """Sleep shows on the wall clock only; after it the route may be gone without a word."""
+        for passed_s in (9 * 3600, -9 * 3600):
+            with self.subTest(passed_s):
+                server, door = self.server(), self.door()
+                self.get(door, server.url)
+                self.assertIs(time.time, door.pool._clock)
+                door.pool._clock = lambda: time.time() + passed_s
+                self.get(door, server.url)
+                self.assertEqual(2, server.accepted)
 
     def test_the_pool_keeps_the_newest_sockets_up_to_its_size(self):
         pool, conns = cp.Pool(), [self.idle() for _ in range(cp.POOL_SIZE + 3)]
@@ -12475,6 +12489,16 @@ class CopilotTokens(AccountCase):
                 accounts = self.settled(Door(refresh_in=odd), flag="t")
                 self.assertTrue(accounts.active.copilot.is_fresh(time.time() + 1200))
 
+    def test_a_late_refusal_of_the_old_token_spares_the_new_one(self):
+        door = Door()
+        accounts = self.settled(door, flag="t")
+        old = accounts.bearer()
+        accounts.spoil(old)
+        new = accounts.bearer()
+        accounts.spoil(old)
+        self.assertIs(new, accounts.bearer())
+        self.assertEqual(2, len(door.exchanged()))
+
     def test_failed_renewal_is_told_and_tried_again_at_the_next_call(self):
         now, door = [1e9], Door()
         accounts = self.settled(door, flag="t", clock=lambda: now[0])
@@ -12549,6 +12573,40 @@ class Renewal(GatewayCase):
                 answer = self.post(*asking(cp.CHAT))
                 self.assertEqual((status, before + 1), (answer.status, self.exchanges()))
                 self.assertTrue(answer.json["error"]["message"])
+
+    def test_twenty_refused_at_once_share_one_exchange(self):
+        before = self.exchanges()
+        self.upstream.revoke_tokens()
+        self.upstream.answer(TOKEN_URL, hang(0.1))
+        with concurrent.futures.ThreadPoolExecutor(20) as crowd:
+            statuses = list(crowd.map(lambda number: self.post(*asking(cp.CHAT, stream=number % 2 == 0)).status, range(20)))
+        self.assertEqual(([200] * 20, before + 1), (statuses, self.exchanges()))
+
+    def test_after_nine_hours_of_sleep_the_first_request_exchanges_and_upstream_sees_no_stale_token(self):
+        accounts, before = self.gateway.app.accounts, self.exchanges()
+        accounts._clock = lambda: time.time() + 9 * 3600
+        with concurrent.futures.ThreadPoolExecutor(20) as crowd:
+            statuses = list(crowd.map(lambda _: self.post(*asking(cp.CHAT)).status, range(20)))
+        self.assertEqual(([200] * 20, 20, before + 1), (statuses, len(self.upstream.seen(CHAT_PATH)), self.exchanges()))
+
+    def test_each_kind_of_refusal_is_cured_once(self):
+        steps = [reply(401, TOKEN_EXPIRED), reply(403, "Forbidden"), reply(421, "Misdirected Request")]
+        for stream_it in (False, True):
+            with self.subTest(stream=stream_it):
+                before = self.exchanges()
+                self.upstream.answer(CHAT_PATH, *steps)
+                self.assertEqual((200, before + 3), (self.post(*asking(cp.CHAT, stream=stream_it)).status, self.exchanges()))
+        before = self.exchanges()
+        self.upstream.answer(CHAT_PATH, *steps, reply(401, TOKEN_EXPIRED))
+        self.assertEqual((401, before + 3), (self.post(*asking(cp.CHAT)).status, self.exchanges()))
+
+    def test_nothing_is_renewed_after_the_first_byte(self):
+        before = self.exchanges()
+        late = sse({"error": {"message": TOKEN_EXPIRED, "code": "authentication_error"}})
+        self.upstream.answer(CHAT_PATH, stream(*chat_script(["so far"])[:2], 0.01, late))
+        answer = self.post(*asking(cp.CHAT, stream=True))
+        self.assertEqual((200, 1, before), (answer.status, len(self.upstream.seen(CHAT_PATH)), self.exchanges()))
+        self.assertIn(TOKEN_EXPIRED, answer.text)
 
     def test_licence_and_policy_texts_are_not_renewed(self):
         for name in ("403 not licensed", "403 feature", "403 policy"):
@@ -14809,6 +14867,131 @@ class SlowReaders(RelayCase):
         self.assertEqual((times, times), (self.sent, body.count(frames[1])))
         self.assertEqual(frames[0] + frames[1] * times + b"".join(frames[2:]), body)
 
+    def test_a_translated_stream_too(self):
+        frames, times = [script(cp.CHAT)[0], chat_frame({"content": "x" * 65000}), *script(cp.CHAT)[-3:]], 300
+        self.upstream.answer(CHAT_PATH, replace(stream(), pieces=self.flood(frames, times)))
+        client, last = self.client(), [-1, -2]
+        client.request("POST", *asking(cp.MESSAGES, model="gpt-4o", stream=True))
+        wait_until(lambda: (last.append(self.sent), time.sleep(0.04), self.sent and len(set(last[-4:])) == 1)[2])
+        self.assertLess(self.sent, times)
+        client.head()
+        self.assertEqual((times, times), (self.rest(client).count(b"x" * 65000), self.sent))
+
+
+class QueueOrder(unittest.TestCase):
+    """The queue by itself: first come, first served, and no place is lost."""
+
+    def setUp(self) -> None:
+        self.settings = {"limits.concurrentPerClient": 1, "limits.queueSeconds": 5.0}
+        self.queue = cp.ClientQueue(lambda: self.settings)
+        self.served: List[Any] = []
+
+    def enter(self, name: Any, until: threading.Event, stopper: Optional[cp.Stopper] = None, client: str = "one") -> threading.Thread:
+        """A request that runs until the event; returns once it runs or stands in line."""
+        def work() -> None:
+            self.served.append(name)
+            until.wait(5)
+
+        def come() -> None:
+            try:
+                self.queue.run(client, stopper or cp.Stopper(), work)
+            except (cp.ClientError, cp.ClientGone) as exc:
+                self.served.append(type(exc))
+        thread, standing = threading.Thread(target=come), self.standing() + len(self.served)
+        thread.start()
+        wait_until(lambda: self.standing() + len(self.served) > standing)
+        return thread
+
+    def standing(self) -> int:
+        return sum(map(len, self.queue._waiting.values()))
+
+    def finish(self, threads: Iterable[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join(5)
+        self.assertEqual(({}, {}), (self.queue._running, self.queue._waiting))
+
+    def test_first_come_first_served(self):
+        leave = [threading.Event() for _ in range(6)]
+        threads = [self.enter(number, event) for number, event in enumerate(leave)]
+        for number, event in enumerate(leave):
+            wait_until(lambda: len(self.served) == number + 1)
+            event.set()
+        self.finish(threads)
+        self.assertEqual(list(range(6)), self.served)
+
+    def test_a_newcomer_does_not_overtake_those_who_wait(self):
+        self.settings["limits.concurrentPerClient"] = 2
+        done, late = threading.Event(), threading.Event()
+        threads = [self.enter(name, done) for name in ("a", "b", "c")]
+        self.settings["limits.concurrentPerClient"] = 3
+        threads.append(self.enter("d", late))
+        self.assertEqual(["a", "b"], self.served)
+        done.set()
+        late.set()
+        self.finish(threads)
+        self.assertEqual(["a", "b"], self.served[:2])
+
+    def test_who_gives_up_is_passed_over(self):
+        first, stopper = threading.Event(), cp.Stopper()
+        threads = [self.enter("a", first), self.enter("gone", first, stopper), self.enter("b", first)]
+        stopper.stop()
+        wait_until(lambda: self.standing() == 1)
+        first.set()
+        self.finish(threads)
+        self.assertEqual(["a", cp.ClientGone, "b"], self.served)
+
+    def test_a_turn_that_comes_while_one_gives_up_goes_to_the_next(self):
+        first = threading.Event()
+        threads = [self.enter("a", first), self.enter("b", first), self.enter("c", first)]
+        turn = self.queue._waiting["one"][0]
+        first.set()
+        threads[0].join(5)
+        wait_until(lambda: "c" in self.served)
+        self.finish(threads)
+        self.queue._running["one"] = 1  # the place of a turn handed on, not taken
+        turn.set()
+        self.queue._give_up("one", turn)
+        self.finish([])
+
+    def test_clients_do_not_wait_for_each_other(self):
+        done = threading.Event()
+        threads = [self.enter(name, done, client=name) for name in "abc"]
+        self.assertEqual(["a", "b", "c"], self.served)
+        done.set()
+        self.finish(threads)
+
+    def test_the_limit_is_live(self):
+        first, done = threading.Event(), threading.Event()
+        threads = [self.enter("a", first), *(self.enter(name, done) for name in "bcd")]
+        self.settings["limits.concurrentPerClient"] = 0
+        first.set()
+        wait_until(lambda: len(self.served) == 4)
+        done.set()
+        self.finish(threads)
+        self.assertEqual({"a", "b", "c", "d"}, set(self.served))
+
+    def test_no_place_is_lost_in_a_crowd(self):
+        self.settings.update({"limits.concurrentPerClient": 3, "limits.queueSeconds": 0.02})
+        at_once: List[int] = []
+        running: set = set()
+
+        def visit(number: int) -> None:
+            def work() -> None:
+                running.add(number)
+                at_once.append(len(running))
+                time.sleep(0.001)
+                running.discard(number)
+            stopper = cp.Stopper()
+            if number % 5 == 0:
+                stopper.stop()
+            try:
+                self.queue.run("one", stopper, work)
+            except (cp.ClientError, cp.ClientGone):
+                pass
+        with concurrent.futures.ThreadPoolExecutor(24) as crowd:
+            list(crowd.map(visit, range(600)))
+        self.assertLessEqual(max(at_once), 3)
+        self.finish([])
 
 
 class EveryExchangeARow(RelayCase):
@@ -17100,8 +17283,10 @@ MODEL_OF = {cp.CHAT: "gpt-4o", cp.RESPONSES: "gpt-5.4", cp.MESSAGES: "claude-opu
 
 
 def gemini_complaint(stream: bytes) -> str:
-    """What is illegal about a Gemini stream: data frames of candidates only, one finish reason, in the last; or one error, last."""
-    if any(not frame.startswith(b"data: {") for frame in cp.split_frames(stream) if frame.strip()):
+    """What is illegal about a Gemini stream: data frames of candidates only, one finish reason, in the last; or one error, last.
+
+    Blank lines may stand between them: they are keep-alives."""
+    if any(not frame.lstrip().startswith(b"data: {") for frame in cp.split_frames(stream) if frame.strip()):
         return "a frame that is no data"
     bodies = [value for value in map(cp.frame_json, cp.split_frames(stream)) if value is not None]
     if not bodies:
@@ -17269,6 +17454,322 @@ class AnyClientAnyModel(RelayCase):
                     body["generationConfig"].update(stopSequences=["X"], responseMimeType="application/json", responseJsonSchema=CITY_SCHEMA, seed=1)
                 answer = self.post(path, body)
                 self.assertEqual(200, answer.status, answer.text[:400])
+
+
+class LimitCase(RelayCase):
+    """Requests of every client dialect for one model each, and upstreams that cannot serve it."""
+
+    ASKED = {cp.CHAT: "gpt-4o", cp.RESPONSES: "gpt-5.4", cp.MESSAGES: "claude-opus-4.6", cp.GEMINI: "gpt-4o"}
+    ROADS = tuple(itertools.product(CLIENT_DIALECTS, (False, True)))
+
+    def path_of(self, model: str, dialect: str) -> str:
+        """Where the gateway asks for a model on behalf of a client."""
+        return MESSAGES_PATH if model.startswith("claude") and dialect != cp.CHAT else RESPONSES_PATH if model == "gpt-5.4" else CHAT_PATH
+
+    def put(self, dialect: str, streamed: bool, model: Optional[str] = None, headers: Optional[Dict[str, str]] = None,
+            **changes: Any) -> Client:
+        """A connection on which the request was sent."""
+        asking_client = StoringClient(dialect, model or self.ASKED[dialect], streamed)
+        asking_client.say("hi")
+        path, body = asking_client.ask()
+        client = self.client()
+        client.request("POST", path, {**body, **changes}, headers)
+        return client
+
+    def hear(self, dialect: str, streamed: bool, answer: Reply) -> str:
+        """The text of an answer, which has to be legal in its dialect."""
+        self.assertEqual(200, answer.status, answer.text[:300])
+        if streamed:
+            self.assertEqual("", COMPLAINTS[dialect](answer.body), answer.text[-400:])
+        reply = StoringClient(dialect, "", streamed).take(answer)
+        return "".join(block.text for block in reply.content if isinstance(block, cp.Text))
+
+    def seen_models(self) -> List[str]:
+        return [seen.body["model"] for seen in self.upstream.seen() if seen.path in GENERATE]
+
+    def forget(self) -> None:
+        """Leaves nothing of one round for the next."""
+        with self.upstream.changed:
+            self.upstream.scripts.clear()
+            self.upstream.requests.clear()
+
+
+LONG_LIMIT = reply(429, capi("slow down", "user_model_rate_limited"), {"retry-after": "3600"}, JSON_TYPE)
+
+
+class Fallbacks(LimitCase):
+    """`fallbacks`: the next model of the list serves, within the same request and before the first byte."""
+
+    config = {**QUICK, "fallbacks": {"gpt-4o": ["nobody-has-this-7", "gpt-4o", "gpt-5.4", "gpt-4.1"], "gpt-5.4": ["claude-opus-4-6", "gpt-4.1"],
+                                     "claude-opus-4.6": ["gpt-4.1", "gpt-5.4"]}}
+    NEXT = {"gpt-4o": "gpt-5.4", "gpt-5.4": "claude-opus-4.6", "claude-opus-4.6": "gpt-4.1"}
+    # step, how often it is met before the model is given up, kind
+    CANNOT = [(LONG_LIMIT, 1, "rate"), (reply(429, "slow down"), 1, "rate"), (reply(402, capi("You have no quota", "quota_exceeded")), 1, "quota"),
+              (reply(403, "you have reached your monthly limit of premium requests", {"retry-after": "1"}), 1, "quota"), (reply(503, "overloaded"), 4, "rate"),
+              (reply(529, "overloaded"), 1, "rate"), (reply(500, "boom"), 1, "transport"), (refuse(), 4, "transport"),
+              (reply(400, capi("The requested model is not supported.", "model_not_supported")), 1, "model"),
+              (reply(400, capi("no endpoints available for this model under your current plan and policies", "no_available_model_endpoints")), 1, "policy")]
+
+    def test_the_next_model_serves_whatever_it_speaks(self):
+        for dialect, streamed in self.ROADS:
+            with self.subTest(dialect, stream=streamed):
+                self.forget()
+                asked = self.ASKED[dialect]
+                served = self.NEXT[asked]
+                self.upstream.answer(self.path_of(asked, dialect), LONG_LIMIT)
+                answer = self.put(dialect, streamed).reply()
+                self.assertEqual(f"Hello from {served}", self.hear(dialect, streamed, answer))
+                self.assertEqual([asked, served], self.seen_models())
+                self.assertEqual((served, "fallback", f"{asked};rate,{served}"),
+                                 tuple(answer.headers.get("x-copilot-api-" + name) for name in ("model", "reason", "fallback")))
+                row = self.row(answer)
+                self.assertEqual((asked, served, "fallback", f"{asked};rate", 200, "ok", None, 2),
+                                 tuple(row[name] for name in ("asked_model", "model", "model_reason", "given_up", "status", "outcome", "failure_kind", "attempts")))
+
+    def test_limits_overload_and_absence_are_what_it_is_for(self):
+        for (step, times, kind), streamed in itertools.product(self.CANNOT, (False, True)):
+            with self.subTest(step.status, body=step.pieces, stream=streamed):
+                self.forget()
+                self.gateway.app.upstream.pool.close()  # a kept socket that dies costs a try of its own
+                self.upstream.answer(MESSAGES_PATH, *[step] * times)
+                answer = self.put(cp.MESSAGES, streamed).reply()
+                self.assertEqual("Hello from gpt-4.1", self.hear(cp.MESSAGES, streamed, answer))
+                self.assertEqual(f"claude-opus-4.6;{kind},gpt-4.1", answer.headers["x-copilot-api-fallback"])
+                self.assertEqual(["claude-opus-4.6"] * times + ["gpt-4.1"], self.seen_models())
+                self.row(answer)  # its socket is back in the pool
+
+    def test_an_error_that_opens_a_stream_counts_too(self):
+        for frame in (ERROR_FRAMES[cp.CHAT][0], sse({"error": {"message": "slow down", "code": "user_global_rate_limited:pro"}})):
+            self.forget()
+            self.upstream.answer(CHAT_PATH, stream(frame))
+            self.assertEqual("Hello from gpt-5.4", self.hear(cp.CHAT, True, self.put(cp.CHAT, True).reply()))
+
+    def test_what_the_request_or_the_account_is_refused_for_is_told(self):
+        for name, times in (("400 not JSON", 1), ("400 context window", 1), ("400 off_topic", 1), ("403 not licensed", 1), ("401 token expired", 2)):
+            with self.subTest(name):
+                self.forget()
+                self.upstream.fail(CHAT_PATH, name, times)
+                answer = self.put(cp.CHAT, False).reply()
+                self.assertEqual((int(name[:3]), ["gpt-4o"] * times), (answer.status, self.seen_models()))
+
+    def test_a_short_wait_is_waited_out_first(self):
+        self.upstream.answer(CHAT_PATH, reply(429, "slow down", {"retry-after": "0.02"}))
+        answer = self.put(cp.CHAT, False).reply()
+        self.assertEqual(("Hello from gpt-4o", None), (self.hear(cp.CHAT, False, answer), answer.headers.get("x-copilot-api-fallback")))
+
+    def test_never_after_the_first_byte(self):
+        for end in ({"end": "cut"}, {}):
+            for dialect in DIALECTS_SERVED:
+                with self.subTest(dialect, **end):
+                    self.forget()
+                    pieces = [*script(dialect)[:3], 0.01, *([] if end else [ERROR_FRAMES[dialect][0]])]
+                    self.upstream.answer(UPSTREAM_PATHS[dialect], stream(*pieces, **end))
+                    self.assertEqual("error", ending(dialect, self.post(*streaming(dialect))))
+                    self.assertEqual([self.ASKED[dialect]], self.seen_models())
+
+    def test_never_without_being_told_to(self):
+        self.gateway.app.settings().values["fallbacks"] = {"gpt-4.1": ["gpt-5.4"]}
+        for dialect, streamed in self.ROADS:
+            with self.subTest(dialect, stream=streamed):
+                self.forget()
+                self.upstream.answer(self.path_of(self.ASKED[dialect], dialect), LONG_LIMIT)
+                self.assertEqual((429, [self.ASKED[dialect]]), (self.put(dialect, streamed).reply().status, self.seen_models()))
+
+    def test_when_none_serves_each_was_asked_once_and_the_first_error_counts(self):
+        self.gateway.app.settings().values["fallbacks"]["gpt-5.4"] = ["gpt-4o", "gpt-5.4", "gpt-4o", "gpt-4.1"]
+        self.upstream.answer(RESPONSES_PATH, LONG_LIMIT)
+        self.upstream.answer(CHAT_PATH, reply(500, "boom"), reply(400, "too odd for me"))
+        answer = self.put(cp.RESPONSES, False).reply()
+        self.assertEqual((429, ["gpt-5.4", "gpt-4o", "gpt-4.1"]), (answer.status, self.seen_models()))
+        self.assertIn("slow down", answer.json["error"]["message"])
+        row = self.row(answer)
+        self.assertEqual(("gpt-5.4", "gpt-5.4;rate,gpt-4o;transport,gpt-4.1;request", "rate"), tuple(row[name] for name in ("model", "given_up", "failure_kind")))
+
+    def test_the_fallback_gets_what_the_client_wrote(self):
+        """What was mended for the first model is no edit of the second's request."""
+        self.gateway.app.settings().values["fallbacks"]["gpt-4o"] = ["gpt-4.1"]
+        self.upstream.answer(CHAT_PATH, reply(400, capi("Unknown parameter: 'foo'.", "invalid_request_body")), LONG_LIMIT)
+        answer = self.put(cp.CHAT, False, foo=1).reply()
+        self.assertEqual("Hello from gpt-4.1", self.hear(cp.CHAT, False, answer))
+        self.assertEqual([True, False, True], ["foo" in seen.body for seen in self.upstream.seen(CHAT_PATH)])
+
+    def test_the_list_is_found_by_the_model_however_the_client_spells_it(self):
+        self.upstream.answer(MESSAGES_PATH, LONG_LIMIT)
+        answer = self.put(cp.MESSAGES, False, "claude-opus-4-6").reply()
+        self.assertEqual(("gpt-4.1", "alias,fallback"), (answer.headers["x-copilot-api-model"], answer.headers["x-copilot-api-reason"]))
+
+    def test_a_name_nobody_has_is_said_once(self):
+        for _ in range(2):
+            self.upstream.answer(CHAT_PATH, LONG_LIMIT)
+            self.put(cp.CHAT, False).reply()
+        self.assertEqual(1, self.gateway.log_text.count("nobody-has-this-7"))
+
+    def test_a_status_line_that_is_out_does_not_hinder_it(self):
+        self.gateway.app.settings().values.update({"streams.keepAliveSeconds": 0.05, "streams.statusHoldSeconds": 0.05})
+        for dialect in CLIENT_DIALECTS:
+            with self.subTest(dialect):
+                self.forget()
+                self.upstream.answer(self.path_of(self.ASKED[dialect], dialect), hang(0.15, LONG_LIMIT))
+                answer = self.put(dialect, True).reply()
+                self.assertNotIn("x-copilot-api-fallback", answer.headers)
+                self.assertEqual(f"Hello from {self.NEXT[self.ASKED[dialect]]}", self.hear(dialect, True, answer))
+                self.assertTrue(self.row(answer)["given_up"])
+
+    def test_a_stopped_gateway_asks_nobody_else(self):
+        self.upstream.answer(CHAT_PATH, hang(threading.Event()))
+        client = self.put(cp.CHAT, False)
+        wait_until(lambda: self.upstream.seen(CHAT_PATH))
+        self.gateway.app.watch.lines()[0].stopper.stop(cp.UpstreamError(cp.STOPPED))
+        answer = client.reply()
+        self.assertEqual((503, ["gpt-4o"], ""), (answer.status, self.seen_models(), self.row(answer)["given_up"]))
+
+
+class LongLimits(LimitCase):
+    """A long limit is told at once, with the time it ends and the hint on which each client's SDK stops asking."""
+
+    LIMITS = [  # headers, body, long
+        ({"retry-after": "10800"}, capi("slow down", "rate_limited"), True), ({"retry-after-ms": "259200000"}, "slow down", True),
+        ({"retry-after": "Tue, 01 Sep 2099 00:00:00 GMT"}, "slow down", True), ({}, capi("Please retry after 2733 seconds.", "user_global_rate_limited:pro"), True),
+        ({}, "Please try again in 3h", True), ({}, "slow down", False)]
+
+    def test_the_hints_of_every_dialect(self):
+        for (dialect, streamed), (headers, body, long) in itertools.product(self.ROADS, self.LIMITS):
+            with self.subTest(dialect, stream=streamed, headers=headers, body=body):
+                self.forget()
+                self.upstream.answer(self.path_of(self.ASKED[dialect], dialect), reply(429, body, headers))
+                answer = self.put(dialect, streamed).reply()
+                error = answer.json["error"]
+                self.assertEqual((429, 1, "false" if long else None), (answer.status, len(self.seen_models()), answer.headers.get("x-should-retry")))
+                self.assertEqual(long, "resets " in error["message"])
+                self.assertEqual(long if dialect != cp.MESSAGES else False, error["type"] == "insufficient_quota")
+                if dialect == cp.GEMINI:
+                    self.assertEqual(long, any(detail["@type"].endswith("QuotaFailure") for detail in error.get("details", ())))
+
+    def test_behind_keep_alives_the_ending_says_it(self):
+        self.gateway.app.settings().values.update({"streams.keepAliveSeconds": 0.05, "streams.statusHoldSeconds": 0.05})
+        for (dialect, model), step in itertools.product([*self.ASKED.items(), (cp.RESPONSES, "gpt-4o")], (LONG_LIMIT, reply(402, capi("none left", "quota_exceeded")))):
+            with self.subTest(dialect, model=model, status=step.status):
+                self.forget()
+                self.upstream.answer(self.path_of(model, dialect), hang(0.15, step))
+                answer = self.put(dialect, True, model).reply()
+                self.assertEqual((200, "", 1), (answer.status, COMPLAINTS[dialect](answer.body), len(self.seen_models())))
+                self.assertIn("resets " if step.status == 429 else "none left", answer.text)
+                self.assertEqual(dialect != cp.MESSAGES, "insufficient_quota" in answer.text)
+
+    def test_a_limit_known_to_be_long_does_not_keep_the_next_request_from_upstream(self):
+        self.upstream.answer(CHAT_PATH, LONG_LIMIT)
+        self.assertEqual([429, 200], [self.put(cp.CHAT, False).reply().status for _ in range(2)])
+
+
+class QueuedRequests(LimitCase):
+    """`limits.concurrentPerClient`, seen by clients."""
+
+    config = {"streams": {"keepAliveSeconds": 0.05, "statusHoldSeconds": 0.1}, "limits": {"concurrentPerClient": 1, "queueSeconds": 30}}
+
+    def busy(self, headers: Optional[Dict[str, str]] = None) -> Tuple[threading.Event, Client]:
+        """A client whose one place is taken until the event."""
+        self.forget()
+        release = threading.Event()
+        self.upstream.answer(RESPONSES_PATH, hang(release))
+        client = self.put(cp.RESPONSES, False, headers=headers)
+        wait_until(lambda: self.seen_models() == ["gpt-5.4"])
+        return release, client
+
+    def queued(self) -> int:
+        return sum(map(len, self.gateway.app.gateway._queue._waiting.values()))
+
+    def test_who_waits_gets_keep_alives_and_then_the_answer(self):
+        for dialect in CLIENT_DIALECTS:
+            with self.subTest(dialect):
+                release, first = self.busy()
+                second = self.put(dialect, True)
+                wait_until(lambda: self.queued() == 1)
+                self.assertEqual(200, second.head()[0])
+                wait_until(lambda: second.more() and second.buffer.count(cp.CODECS[dialect].keep_alive) >= 3)
+                self.assertEqual(["gpt-5.4"], self.seen_models())
+                second.buffer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + second.buffer
+                release.set()
+                self.assertEqual(f"Hello from {self.ASKED[dialect]}", self.hear(dialect, True, second.reply()))
+                self.assertEqual(200, first.reply().status)
+                wait_until(lambda: not self.gateway.app.gateway._queue._running)
+
+    def test_a_whole_answer_waits_silently(self):
+        for dialect in CLIENT_DIALECTS:
+            with self.subTest(dialect):
+                release, _ = self.busy()
+                second = self.put(dialect, False)
+                wait_until(lambda: self.queued() == 1)
+                self.assertEqual([], select.select([second.sock], [], [], 0.2)[0])
+                release.set()
+                self.assertEqual(f"Hello from {self.ASKED[dialect]}", self.hear(dialect, False, second.reply()))
+
+    def test_others_do_not_wait(self):
+        release, _ = self.busy({"session-id": "one"})
+        self.assertEqual(200, self.put(cp.CHAT, False, headers={"session-id": "two"}).reply().status)
+        self.assertEqual(200, self.post(COUNT_ROUTE, COUNTED, {"session-id": "one"}).status)
+        release.set()
+
+    def test_keys_are_clients_whatever_their_session(self):
+        self.gateway.app.settings().values["auth.apiKeys"] = [cp.Secret(API_KEY), cp.Secret(OTHER_KEY)]
+        release, _ = self.busy({"x-api-key": API_KEY, "session-id": "one"})
+        self.assertEqual(200, self.put(cp.CHAT, False, headers={"x-api-key": OTHER_KEY, "session-id": "one"}).reply().status)
+        second = self.put(cp.CHAT, False, headers={"authorization": f"Bearer {API_KEY}", "session-id": "two"})
+        wait_until(lambda: self.queued() == 1)
+        release.set()
+        self.assertEqual(200, second.reply().status)
+
+    def test_a_client_that_leaves_gives_its_place_in_line_up(self):
+        release, first = self.busy()
+        for streamed in (False, True):
+            second = self.put(cp.CHAT, streamed)
+            wait_until(lambda: self.queued() == 1)
+            second.sock.close()
+            wait_until(lambda: self.queued() == 0)
+        wait_until(lambda: len(self.gateway.rows()) == 2)
+        self.assertEqual({("client_gone", 499, 0)}, {(row["outcome"], row["status"], row["attempts"]) for row in self.gateway.rows()})
+        release.set()
+        self.assertEqual((200, ["gpt-5.4"]), (first.reply().status, self.seen_models()))
+
+    def test_a_queue_that_does_not_move_is_429_in_the_dialect(self):
+        self.gateway.app.settings().values.update({"limits.queueSeconds": 0.05, "streams.statusHoldSeconds": 5.0})
+        release, _ = self.busy()
+        for dialect, streamed in self.ROADS:
+            with self.subTest(dialect, stream=streamed):
+                answer = self.put(dialect, streamed).reply()
+                self.assertEqual((429, "5", None), (answer.status, answer.headers.get("retry-after"), answer.headers.get("x-should-retry")))
+                self.assertIn("limits.concurrentPerClient", answer.json["error"]["message"])
+                self.assertEqual(("refused", 0), tuple(self.row(answer)[name] for name in ("outcome", "attempts")))
+        release.set()
+
+    def test_behind_keep_alives_it_is_the_dialects_own_ending(self):
+        self.gateway.app.settings().values["limits.queueSeconds"] = 0.3
+        release, _ = self.busy()
+        for dialect in CLIENT_DIALECTS:
+            with self.subTest(dialect):
+                answer = self.put(dialect, True).reply()
+                self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)))
+                self.assertIn("limits.concurrentPerClient", answer.text)
+        release.set()
+
+    def test_a_stop_ends_the_wait(self):
+        self.gateway.app.settings().values["streams.statusHoldSeconds"] = 5.0
+        self.busy()
+        second = self.put(cp.CHAT, True)
+        wait_until(lambda: self.queued() == 1)
+        self.gateway.app.watch.lines()[-1].stopper.stop(cp.UpstreamError(cp.STOPPED))
+        self.assertEqual((503, 0, ["gpt-5.4"]), (second.reply().status, self.queued(), self.seen_models()))
+
+    def test_a_place_comes_free_however_a_request_ends(self):
+        forever = threading.Event()
+        for label, step in (("error", reply(400, "bad")), ("cut", stream(script(cp.CHAT)[0], end="cut")), ("gone", stream(script(cp.CHAT)[0], forever))):
+            with self.subTest(label):
+                self.forget()
+                self.upstream.answer(CHAT_PATH, step)
+                client = self.put(cp.CHAT, True)
+                client.head()
+                client.sock.close()
+                wait_until(lambda: not self.gateway.app.gateway._queue._running)
+        self.assertEqual(200, self.put(cp.CHAT, False).reply().status)
 
 
 class ToolsAndPictures(RelayCase):
