@@ -10847,6 +10847,7 @@ SETTINGS: Tuple[Tuple[str, Any, Callable[[Any], Any], Tuple[str, ...]], ...] = (
     ("streams.keepAliveSeconds", 10, _number, ()),
     ("streams.statusHoldSeconds", 10, _number, ()),
     ("streams.retryWaitSeconds", 60, _number, ()),
+    ("streams.drainSeconds", 25, _number, ()),  # whoever stops us kills after 10 (Docker), 30 (Kubernetes) or 90 s (systemd)
     ("fallbacks", {}, _table, ()),
     ("modelMappings", {}, _table, ()),
     ("unknownModels", "resolve", _one_of("resolve", "refuse"), ()),
@@ -14323,7 +14324,8 @@ class RateGate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when the next request may pass; guarded by _lock
+        self._passed_at = float("-inf")  # when the last request passed; guarded by _lock
+        self._taken: List[float] = []  # the slots of those who wait; guarded by _lock
 
     def pass_through(self, settings: Settings, stopper: Stopper) -> None:
         """Returns when the request may go; raises ClientError 429, or waits for its own slot if told to."""
@@ -14332,17 +14334,29 @@ class RateGate:
             return
         with self._lock:
             now = self._clock()
-            wait = self._free_at - now
-            if wait <= 0 or settings["rateLimitWait"]:
-                self._free_at = max(now, self._free_at) + limit
-        if wait <= 0:
-            return
+            slot = max(now, max([self._passed_at, *self._taken]) + limit)
+            if slot <= now:
+                self._passed_at = now
+                return
+            if settings["rateLimitWait"]:
+                self._taken.append(slot)
         if not settings["rateLimitWait"]:
-            error = ClientError(f"Rate limit exceeded; retry in {wait:.1f}s", status=429, code="rate_limited",
-                                kind="rate_limit_error", headers={"retry-after": str(math.ceil(wait))})
-            error.final = False
-            raise error
-        stopper.wait(wait)
+            raise too_early(slot - now)
+        try:
+            stopper.wait(slot - now)
+            with self._lock:
+                self._passed_at = max(self._passed_at, slot)
+        finally:
+            with self._lock:
+                self._taken.remove(slot)  # of a client that left, too: those who come later must not wait for it
+
+
+def too_early(wait_s: float) -> ClientError:
+    """The 429 of a request within `rateLimitSeconds` of the last; worth a retry."""
+    error = ClientError(f"Rate limit exceeded; retry in {wait_s:.1f}s", status=429, code="rate_limited",
+                        kind="rate_limit_error", headers={"retry-after": str(math.ceil(wait_s))})
+    error.final = False
+    return error
 
 
 class Planner:
@@ -15414,6 +15428,7 @@ class App:
     started_at: float = field(default_factory=time.time)
     served: int = 0
     running: Dict[int, str] = field(default_factory=dict)  # calls not yet recorded; single dict operations
+    stopping: bool = False  # running calls finish, and their connections end with them
 
 
 @dataclass
@@ -15945,7 +15960,7 @@ class _Call:
         self.path, self.query = normal_path(target.path), dict(parse_qsl(target.query, keep_blank_values=True))
         newer = parts[2] == "HTTP/1.1"
         connection = self.headers.get("connection", "").lower()
-        self.keep = newer and "close" not in connection and not crowded
+        self.keep = newer and "close" not in connection and not crowded and not self.app.stopping
         self.line.chunked = newer
         trace = self.headers.get("x-trace-id", "")
         self.exchange.trace_id = trace if TRACE_ID.match(trace) else self.exchange.trace_id
@@ -16338,7 +16353,7 @@ def device_page(shown: Json) -> str:
 GLOBAL_OPTIONS = {"--api-home": "COPILOT_API_HOME", "--oauth-app": "COPILOT_API_OAUTH_APP",
                   "--enterprise-url": "COPILOT_API_ENTERPRISE_URL"}
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
-STOP_S = 2.0  # how long running requests may take to end when the gateway stops
+STOP_S = 2.0  # how long running requests may take to end once they are told to
 STOPPED = Failure("transport", "provider", 503, "the gateway was stopped", "gateway_stopped")
 RISK_NOTE = ("Note: this is not an official GitHub client. Heavy automated use can get a Copilot account restricted; "
              "use it as you would use your editor.")
@@ -16445,6 +16460,17 @@ def start_parts(app: App) -> None:
     app.accounts.begin()
 
 
+def finish_running(app: App, signals: queue.SimpleQueue) -> None:
+    """Waits for the running requests, at most `streams.drainSeconds` or until another signal comes."""
+    app.stopping = True
+    patience_s = app.settings()["streams.drainSeconds"]
+    deadline = time.monotonic() + patience_s
+    if app.running and patience_s:
+        app.log.info(f"stopping: {len(app.running)} running requests have {patience_s:g} s to end; a second signal ends them now")
+    while app.running and signals.empty() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def stop_parts(app: App) -> None:
     """Ends them: running streams get their dialect's ending, what was recorded is committed."""
     for line in app.watch.lines():
@@ -16483,14 +16509,17 @@ def run_start(setup: Setup, options: Any) -> int:
         print(f"cannot listen on {host}:{settings['port']}: {reason_of(exc)}" + (f"; it is held by {holder}" if holder else ""), file=sys.stderr)
         return EXIT_FAILED
     server.app = app = compose(setup, options.github_token or None, terminal=sys.stderr.isatty(), demo=options.demo)
+    signals: queue.SimpleQueue = queue.SimpleQueue()  # the one thing a signal handler may safely fill
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
+        signal.signal(number, lambda number, _: signals.put(number))
+    threading.Thread(target=lambda: (signals.get(), server.shutdown()), name="signals", daemon=True).start()
     start_parts(app)
     greet(setup, server.server_address[1], host, options.demo)
     try:
         server.serve_forever(0.2)
     finally:
         server.server_close()
+        finish_running(app, signals)
         stop_parts(app)
     return EXIT_OK
 

@@ -10803,7 +10803,7 @@ NAMES: Dict[str, Tuple[str, ...]] = {
         upstreamTransport.websocketOpenTimeoutMs upstreamTransport.websocketPoolIdleTimeoutMs
         upstreamTransport.websocketMaxBufferedBytes upstreamTransport.websocketMaxBufferedMessages
         useMessagesApi redirectAnthropic useResponsesApiWebSocket maxConnectionRetries
-        streams.keepAliveSeconds streams.statusHoldSeconds streams.retryWaitSeconds fallbacks
+        streams.keepAliveSeconds streams.statusHoldSeconds streams.retryWaitSeconds streams.drainSeconds fallbacks
         modelMappings unknownModels context1m strictResponses geminiFallback modelReasoningEfforts autoReasoningEffort
         fillMaxTokens extraPrompts smallModel smallModels warmupToSmallModel compactUseSmallModel claudeAutoModel
         messageApiWebSearchModel useResponsesApiWebSearch useFunctionApplyPatch hiddenModels disableHiddenModels
@@ -10829,7 +10829,7 @@ DEFAULTS = {
     "identity.editorVersion": "vscode/1.124.2", "identity.pluginVersion": "copilot-chat/0.52.0", "identity.integrationId": "vscode-chat",
     "identity.userAgent": "GitHubCopilotChat/0.52.0", "identity.apiVersion": "2026-06-01", "identity.githubApiVersion": "2025-04-01",
     "upstreamTransport.headersTimeoutMs": 600000, "upstreamTransport.streamInactivityTimeoutMs": 600000, "maxConnectionRetries": 3,
-    "streams.keepAliveSeconds": 10, "streams.statusHoldSeconds": 10, "streams.retryWaitSeconds": 60, "useMessagesApi": True,
+    "streams.keepAliveSeconds": 10, "streams.statusHoldSeconds": 10, "streams.retryWaitSeconds": 60, "streams.drainSeconds": 25, "useMessagesApi": True,
     "useResponsesApiWebSocket": "auto", "unknownModels": "resolve", "smallModel": "gpt-5-mini", "initiatorPolicy": "last",
     "usageRetentionDays": 400, "root": "auto", "context1m": "suffix", "contextTrim.mode": "off", "accountStrategy": "active",
 }
@@ -16257,6 +16257,20 @@ class ServerRateWait(ServerCase):
         for place, passed_s in enumerate(times):
             self.assertGreater(passed_s, 0.1 * place - 0.01)
 
+    def test_who_leaves_the_line_leaves_his_slot(self):
+        for number in range(21):
+            client = self.client()
+            client.request("POST", *asking(cp.CHAT))
+            if not number:
+                self.assertEqual(200, client.reply().status)
+        wait_until(lambda: len(self.gateway.app.running) == 20)
+        for client in self.gateway.app.watch.lines():
+            client.leave()
+        wait_until(lambda: not self.gateway.app.running)
+        begun = time.monotonic()
+        self.assertEqual(200, self.post(*asking(cp.CHAT)).status)
+        self.assertLess(time.monotonic() - begun, 1.0)
+
 
 class ServerApproval(ServerCase):
     config = {"manualApprove": True}
@@ -16830,6 +16844,73 @@ class WholeProcess(unittest.TestCase):
 
     def test_it_shows_the_risk_note_and_no_token(self):
         self.assertEqual((True, False, False), (cp.RISK_NOTE in self.text, "ghu_test" in self.text, "tid=" in self.text))
+
+
+class Stopping(HomeCase):
+    """What SIGTERM leaves of running requests."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.upstream = ScriptedUpstream()
+        self.addCleanup(self.upstream.close)
+        self.go_on = threading.Event()
+        self.frames = script(cp.CHAT)
+        self.upstream.answer(CHAT_PATH, stream(*self.frames[:2], self.go_on, *self.frames[2:]))
+
+    def stopped_once(self, drain_s: float = 60) -> Tuple[GatewayProcess, Client]:
+        """A gateway that was told to stop while it relays a stream to the client."""
+        with open(os.path.join(self.home, "config.json"), "w", encoding="utf-8") as file:
+            json.dump({"streams": {"drainSeconds": drain_s}}, file)
+        gateway = GatewayProcess(self.home, self.upstream)
+        self.addCleanup(gateway.stop, signal.SIGKILL)
+        client = Client(gateway.port)
+        self.addCleanup(client.close)
+        client.request("POST", *streaming(cp.CHAT))
+        wait_until(lambda: self.frames[1] in client.buffer or not client.more())
+        gateway.process.send_signal(signal.SIGTERM)
+        return gateway, client
+
+    def test_a_running_stream_is_served_to_its_end_and_nobody_else_is(self):
+        gateway, client = self.stopped_once()
+        wait_until(lambda: "a second signal ends them now" in gateway.text)
+        self.assertRaises(OSError, Client, gateway.port)
+        self.assertIsNone(gateway.process.poll())
+        self.go_on.set()
+        answer = client.reply()
+        self.assertEqual(b"".join(self.frames), answer.body)
+        self.assertEqual(0, gateway.process.wait(5))
+        self.assertEqual(["ok"], self.outcomes())
+
+    def test_a_second_signal_ends_it_at_once_in_the_words_of_its_dialect(self):
+        gateway, client = self.stopped_once()
+        wait_until(lambda: "a second signal ends them now" in gateway.text)
+        begun = time.monotonic()
+        self.assertEqual(0, gateway.stop())
+        self.assertLess(time.monotonic() - begun, 1.5)
+        answer = client.reply()
+        self.assertEqual(("error", "the gateway was stopped"), (ending(cp.CHAT, answer), failure_text(cp.CHAT, answer)))
+        self.assertEqual(["upstream_error"], self.outcomes())
+
+    def test_patience_is_bounded(self):
+        gateway, client = self.stopped_once(drain_s=0.1)
+        self.assertEqual("error", ending(cp.CHAT, client.reply()))
+        self.assertEqual(0, gateway.process.wait(5))
+
+    def outcomes(self) -> List[str]:
+        db = sqlite3.connect(os.path.join(self.home, "copilot-api.sqlite"))
+        try:
+            return [outcome for outcome, in db.execute("SELECT outcome FROM requests")]
+        finally:
+            db.close()
+
+    def test_a_kept_connection_ends_with_the_request_it_carries(self):
+        gateway = RunningGateway(self.upstream, config=QUICK)
+        self.addCleanup(gateway.close)
+        client = Client(gateway.port)
+        self.addCleanup(client.close)
+        gateway.app.stopping = True
+        client.request("GET", "/health")
+        self.assertEqual("close", client.reply().headers["connection"])
 
 
 class WholeDemo(unittest.TestCase):
