@@ -122,8 +122,21 @@ READ_BYTES = 65536
 # its source that no other dialect knows; re-emitted only by name).
 
 
-@dataclass
-class Text:
+class Value:
+    """Equality and representation by fields, for all dataclasses here. `dataclass` would compile both anew for every
+    class, which is half of what it costs: 13 of 30 ms at start (measured 2026-11-26)."""
+
+    def __eq__(self, other: object) -> bool:
+        return self.__dict__ == other.__dict__ if other.__class__ is self.__class__ else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+
+
+@dataclass(eq=False, repr=False)
+class Text(Value):
+    """Words."""
+
     text: str
     citations: Optional[List[Json]] = None
     phase: Optional[str] = None  # Responses: commentary | final_answer
@@ -133,8 +146,8 @@ class Text:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Image:
+@dataclass(eq=False, repr=False)
+class Image(Value):
     """An image by base64 `data` (with its media type), by `url`, or by a `file_id` of the origin."""
 
     media_type: Optional[str] = None
@@ -148,8 +161,8 @@ class Image:
     extra: Optional[Json] = None
 
 
-@dataclass
-class File:
+@dataclass(eq=False, repr=False)
+class File(Value):
     """A document: base64 `data`, a `url`, plain `text`, or a `file_id` of the origin."""
 
     media_type: Optional[str] = None
@@ -164,8 +177,8 @@ class File:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Thinking:
+@dataclass(eq=False, repr=False)
+class Thinking(Value):
     """Reasoning of the model: readable `text`, a `signature`, or only `redacted` data."""
 
     text: str = ""
@@ -178,8 +191,8 @@ class Thinking:
     extra: Optional[Json] = None
 
 
-@dataclass
-class ToolCall:
+@dataclass(eq=False, repr=False)
+class ToolCall(Value):
     """A call; `arguments` stays the JSON (or free-form) string it was on the wire."""
 
     id: str
@@ -193,8 +206,10 @@ class ToolCall:
     extra: Optional[Json] = None
 
 
-@dataclass
-class ToolResult:
+@dataclass(eq=False, repr=False)
+class ToolResult(Value):
+    """What a call gave."""
+
     call_id: str
     content: List[Block]
     is_error: Optional[bool] = None
@@ -205,8 +220,8 @@ class ToolResult:
     extra: Optional[Json] = None
 
 
-@dataclass
-class ToolReference:
+@dataclass(eq=False, repr=False)
+class ToolReference(Value):
     """The name of a deferred tool that a search found."""
 
     name: str
@@ -216,8 +231,8 @@ class ToolReference:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Compaction:
+@dataclass(eq=False, repr=False)
+class Compaction(Value):
     """What stands for the conversation so far: `sealed` by its origin, or a readable `summary`."""
 
     sealed: Optional[str] = None
@@ -229,8 +244,10 @@ class Compaction:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Refusal:
+@dataclass(eq=False, repr=False)
+class Refusal(Value):
+    """Words that decline."""
+
     text: str
     cache: Optional[Json] = None
     seal: Optional[str] = None
@@ -238,8 +255,8 @@ class Refusal:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Opaque:
+@dataclass(eq=False, repr=False)
+class Opaque(Value):
     """A block only its own dialect knows, kept as it came."""
 
     kind: str
@@ -253,8 +270,8 @@ class Opaque:
 Block = Union[Text, Image, File, Thinking, ToolCall, ToolResult, ToolReference, Compaction, Refusal, Opaque]
 
 
-@dataclass
-class Message:
+@dataclass(eq=False, repr=False)
+class Message(Value):
     """One side's turn, or part of it. `role`: system | developer | user | assistant.
 
     Tool results live in user messages, whatever their place on the wire.
@@ -265,8 +282,10 @@ class Message:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Tool:
+@dataclass(eq=False, repr=False)
+class Tool(Value):
+    """What the model may call."""
+
     name: str
     description: Optional[str] = None
     schema: Optional[Json] = None
@@ -279,8 +298,8 @@ class Tool:
     extra: Optional[Json] = None
 
 
-@dataclass
-class ToolChoice:
+@dataclass(eq=False, repr=False)
+class ToolChoice(Value):
     """Which tool the model may or must call. `mode`: auto | none | required | tool (the one named)."""
 
     mode: str
@@ -289,8 +308,8 @@ class ToolChoice:
     kind: str = "function"
 
 
-@dataclass
-class Reasoning:
+@dataclass(eq=False, repr=False)
+class Reasoning(Value):
     """How the model is asked to think.
 
     `mode`: off | on (a budget) | adaptive; `effort`: none minimal low medium high xhigh max; `budget` in tokens;
@@ -304,8 +323,8 @@ class Reasoning:
     summary: Optional[str] = None
 
 
-@dataclass
-class OutputFormat:
+@dataclass(eq=False, repr=False)
+class OutputFormat(Value):
     """The structure the answer must have; without `schema` any JSON object."""
 
     schema: Optional[Json] = None
@@ -314,8 +333,8 @@ class OutputFormat:
     description: Optional[str] = None
 
 
-@dataclass
-class Request:
+@dataclass(eq=False, repr=False)
+class Request(Value):
     """What a generation request asks, in canonical form (see `canonical`)."""
 
     model: str
@@ -342,8 +361,8 @@ class Request:
     extra: Optional[Json] = None
 
 
-@dataclass
-class Reply:
+@dataclass(eq=False, repr=False)
+class Reply(Value):
     """A whole answer. `stop_reason` is a meaning of STOP_REASONS; `created_at` in Unix seconds, 0 unknown."""
 
     id: str = ""
@@ -483,8 +502,8 @@ class Names:
         return {wire: full[0] for wire, full in self._full.items() if wire != full[0]}
 
 
-@dataclass
-class Usage:
+@dataclass(eq=False, repr=False)
+class Usage(Value):
     """Tokens of one answer. `cache_read` and `cache_write` are disjoint parts of `input`; `reasoning` is part
     of `output`; `billed_nano` is what upstream says it charged (1e9 = one AI credit); `estimated`: counted here, because
     upstream was not heard to its end."""
@@ -503,8 +522,8 @@ class Usage:
         return self.input + self.output
 
 
-@dataclass
-class Caller:
+@dataclass(eq=False, repr=False)
+class Caller(Value):
     """Who is calling and why; each decision stands beside its reason."""
 
     client: str = ""
@@ -520,8 +539,8 @@ class Caller:
     vision: bool = False
 
 
-@dataclass
-class ImageLimits:
+@dataclass(eq=False, repr=False)
+class ImageLimits(Value):
     """What the images of a request may be; None is not said. The count is of the newest."""
 
     bytes: Optional[int] = None  # decoded
@@ -529,8 +548,8 @@ class ImageLimits:
     count: Optional[int] = None
 
 
-@dataclass
-class Plan:
+@dataclass(eq=False, repr=False)
+class Plan(Value):
     """What was decided for one request before anything was sent."""
 
     dialect: str  # the client's
@@ -558,8 +577,8 @@ class Plan:
     given_up: Dict[str, str] = field(default_factory=dict)  # models that could not serve, in the order tried -> kind of failure
 
 
-@dataclass
-class Exchange:
+@dataclass(eq=False, repr=False)
+class Exchange(Value):
     """The life of one request: what came, what was decided, how it ended."""
 
     trace_id: str
@@ -675,8 +694,8 @@ class ClientGone(Exception):
     """The client closed its side: nothing can be delivered, upstream is stopped."""
 
 
-@dataclass
-class Failure:
+@dataclass(eq=False, repr=False)
+class Failure(Value):
     """Why one attempt failed.
 
     `kind`: rate | quota | overflow | auth | policy | transport | model | filter | request
@@ -749,10 +768,9 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
 )
 
 # `Please retry after 2733 seconds`, `try again in 1.2s`, `Please retry in 500ms`, `"resets_in_seconds":9000`
-PROSE_WAIT = re.compile(r"(?:retry after|try again in|retry in|resets_in_seconds\"?:)\s*(\d+(?:\.\d+)?)\s*(ms|m(?:in)?|h)?", re.I)
+PROSE_WAIT = r"(?i)(?:retry after|try again in|retry in|resets_in_seconds\"?:)\s*(\d+(?:\.\d+)?)\s*(ms|m(?:in)?|h)?"
 WAIT_UNITS = {"": 1.0, "ms": 0.001, "m": 60.0, "min": 60.0, "h": 3600.0}
-OVERFLOW_NUMBERS = (re.compile(r"prompt token count of (\d+) exceeds the limit of (\d+)"),
-                    re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum"))
+OVERFLOW_NUMBERS = (r"prompt token count of (\d+) exceeds the limit of (\d+)", r"prompt is too long: (\d+) tokens > (\d+) maximum")
 
 # Response headers a client may need; never set-cookie. Source: DESIGN 8, "Relayed response headers".
 RELAYED_HEADERS = ("retry-after", "retry-after-ms")
@@ -798,7 +816,7 @@ LONGEST_WAIT_S = 1e9  # beyond it (and for inf and nan) a header says nothing
 
 def stated_wait(headers: Dict[str, str], message: str, now: float) -> Optional[float]:
     """Seconds upstream asks to wait: `retry-after-ms`, `retry-after` as seconds or date, or its own words."""
-    found = PROSE_WAIT.search(message)
+    found = re.search(PROSE_WAIT, message)
     stated = (seconds_of(headers.get("retry-after-ms"), 0.001), seconds_of(headers.get("retry-after")),
               seconds_until(headers.get("retry-after"), now),
               seconds_of(found.group(1), WAIT_UNITS.get((found.group(2) or "").lower(), 1.0)) if found else None)
@@ -838,7 +856,7 @@ def stated_reset(headers: Dict[str, str], parsed: Optional[Json]) -> Optional[fl
 def overflow_numbers(message: str) -> Optional[Tuple[int, int]]:
     """(tokens sent, tokens allowed) where the message names both."""
     for pattern in OVERFLOW_NUMBERS:
-        found = pattern.search(message)
+        found = re.search(pattern, message)
         if found:
             return int(found.group(1)), int(found.group(2))
     return None
@@ -2085,8 +2103,8 @@ def unseal(text: str) -> Optional[Json]:
     return load_object(raw[len(CARRIER):].decode("utf-8", "replace")) if raw.startswith(CARRIER.encode()) else None
 
 
-@dataclass
-class Carriage:
+@dataclass(eq=False, repr=False)
+class Carriage(Value):
     """How one exchange's state travels: whose it is, who keeps it, who made it.
 
     `hidden`: the client asked for thinking without its text (`display: "omitted"`); the text travels in the carrier.
@@ -5107,8 +5125,8 @@ class ResponsesMeter(Meter):
 
 MESSAGES_ROLES = frozenset(("user", "assistant", "system"))
 # Texts of an overflow on which Claude Code compacts (clients.md).
-COMPACTING = re.compile("prompt is too long|maximum context length|context_length_exceeded|exceeds the context window"
-                        "|input is too long for requested model", re.I)
+COMPACTING = ("(?i)prompt is too long|maximum context length|context_length_exceeded|exceeds the context window"
+              "|input is too long for requested model")
 MESSAGE_STOP = re.compile(rb'"type"\s*:\s*"message_stop"')
 MESSAGES_REASON = re.compile(rb'"stop_reason"\s*:\s*"')
 MESSAGES_CALL = re.compile(rb'"type"\s*:\s*"tool_use"')
@@ -6064,7 +6082,7 @@ class MessagesCodec(Codec):
         overflow = failure is not None and failure.kind == "overflow"
         if failure is not None and failure.overflow:
             message = "prompt is too long: {} tokens > {} maximum".format(*failure.overflow)
-        elif overflow and not COMPACTING.search(message):
+        elif overflow and not re.search(COMPACTING, message):
             message += " (the prompt exceeds the context window)"
         kind = ERROR_TYPES.get(error.status, ("", "api_error"))[1]
         inner = {"type": kind, "message": message}
@@ -7239,8 +7257,8 @@ class FrameEdit:
         raise NotImplementedError
 
 
-@dataclass
-class Quirk:
+@dataclass(eq=False, repr=False)
+class Quirk(Value):
     """One deviation, with its source.
 
     `request(body, plan)` edits the body in place and says whether it did; a body that holds none of the `needles`, a
@@ -8426,8 +8444,7 @@ NOT_AT_TOP = (*COMBINATORS, "enum", "not")
 TEXT_KEYWORDS = frozenset(("type", "description"))  # any text is right under these, which are most of a schema
 
 
-@dataclass(frozen=True)
-class SchemaRules:
+class SchemaRules(NamedTuple):
     """What an upstream takes: `keywords` gives for a keyword's value (value, schema, rules) the value to send or GONE, the
     same object where it is fine. `items`: an array has to say what it holds."""
 
@@ -10650,12 +10667,12 @@ def uuid_of(text: str) -> str:
 
 
 # Claude Code's `metadata.user_id`: today a JSON string, formerly user_<x>_account_<y>_session_<z>.
-LEGACY_USER = re.compile(r"user_(.+?)_account.*?_session_(.+)$", re.S)
+LEGACY_USER = r"(?s)user_(.+?)_account.*?_session_(.+)$"
 
 
 def parse_user_id(user: str) -> Tuple[Optional[str], Optional[str]]:
     """(user, session) of a `metadata.user_id`, None for what it does not hold."""
-    legacy = LEGACY_USER.search(user)
+    legacy = re.search(LEGACY_USER, user)
     if legacy:
         return legacy.group(1), legacy.group(2)
     try:
@@ -12286,8 +12303,7 @@ def is_loopback(host: str) -> bool:
 # ---- retries ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
+class RetryPolicy(NamedTuple):
     """When an attempt is repeated, always before the first byte.
 
         transport, 408, 499, 502, 503, 504, "too many concurrent …"    at once, then after 1, 2, 4 s
@@ -12543,8 +12559,7 @@ OPENCODE_AGENT = "opencode/1.14.29"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 
 
-@dataclass(frozen=True)
-class Hosts:
+class Hosts(NamedTuple):
     """Where GitHub and Copilot live for this configuration; `copilot` None: the token says."""
 
     web: str
@@ -12688,8 +12703,8 @@ def exchange_error(status: int, headers: Dict[str, str], body: bytes) -> Exchang
     return ExchangeError(f"GitHub answered {status} to the token exchange; it is tried again", "later", 503)
 
 
-@dataclass
-class CopilotToken:
+@dataclass(eq=False, repr=False)
+class CopilotToken(Value):
     """A bearer for the Copilot API and where to use it.
 
     `expires_at` is our own clock's: receipt + refresh_in + 60 s, so a wrong clock or a short lifetime never
@@ -13510,11 +13525,12 @@ class Models:
 # last result. The words are a contract with test drivers; they are those of their scripted model.
 
 DEMO_NAMES = "tool|call|parallel|think|pre|say|long|json|stop|delay|gap|cut|usage|error|midstream|id"
-DEMO_HEAD = re.compile(rf"\[\[({DEMO_NAMES}):")
-DEMO_MARK = re.compile(rf"\[\[(?:{DEMO_NAMES}):|\]\]")
-DEMO_JSON = re.compile(r"(?:call:\s*\S+\s+|json:\s*)(?=[{\[])")  # a directive whose argument JSON itself ends
-DEMO_OPTION = re.compile(r"([a-z-]+)=(\S+)$")
-DEMO_WORD = re.compile(r"\S{1,32}\s*|\s+")  # a piece of a stream; JSON without blanks is cut, too
+# Patterns of the demo are kept as text and compiled where they are used: 2 ms that no other start pays.
+DEMO_HEAD = rf"\[\[({DEMO_NAMES}):"
+DEMO_MARK = rf"\[\[(?:{DEMO_NAMES}):|\]\]"
+DEMO_JSON = r"(?:call:\s*\S+\s+|json:\s*)(?=[{\[])"  # a directive whose argument JSON itself ends
+DEMO_OPTION = r"([a-z-]+)=(\S+)$"
+DEMO_WORD = r"\S{1,32}\s*|\s+"  # a piece of a stream; JSON without blanks is cut, too
 # Heads looked at in one text: each that is never closed costs a pass to the end of the text.
 DEMO_MOST = 1000
 DEMO_LARGEST = 1_000_000  # of any number in a directive: tokens, milliseconds, pieces
@@ -13523,14 +13539,14 @@ DEMO_LARGEST = 1_000_000  # of any number in a directive: tokens, milliseconds, 
 def demo_directives(text: str) -> List[Tuple[str, str]]:
     """(name, argument) of every outermost directive of a text, in order."""
     found: List[Tuple[str, str]] = []
-    head = DEMO_HEAD.search(text)
+    head = re.compile(DEMO_HEAD).search(text)
     for _ in range(DEMO_MOST):
         if head is None:
             break
         end = demo_json_end(text, head.start()) or demo_end(text, head.end())
         if end is not None:
             found.append((head.group(1), text[head.end():end - 2].strip()))
-        head = DEMO_HEAD.search(text, head.end() if end is None else end)
+        head = re.compile(DEMO_HEAD).search(text, head.end() if end is None else end)
     return found
 
 
@@ -13541,7 +13557,7 @@ def demo_end(text: str, at: int) -> Optional[int]:
     """
     depth = 1
     while depth:
-        mark = DEMO_MARK.search(text, at)
+        mark = re.compile(DEMO_MARK).search(text, at)
         if mark is None:
             return None
         depth += 1 if mark.group() != "]]" else -1
@@ -13553,7 +13569,7 @@ def demo_end(text: str, at: int) -> Optional[int]:
 
 def demo_json_end(text: str, at: int) -> Optional[int]:
     """Where a directive ends that is nothing but JSON behind its name: JSON may hold brackets of its own."""
-    head = DEMO_JSON.match(text, at + 2)
+    head = re.compile(DEMO_JSON).match(text, at + 2)
     if head is None:
         return None
     try:
@@ -13585,7 +13601,7 @@ DEMO_ROLES: Dict[str, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {
 DEMO_CONTENTS = ("content", "contents", "text", "file_text", "data", "body")  # what a `write` tool calls the text
 DEMO_FREE = ("input", "patch", "code", "script")  # what a tool calls the one text it takes
 DEMO_AGENTS = ("subagent_type", "agent_type", "agent", "agent_name")
-DEMO_GENERAL = re.compile(r"general[-_ ]?purpose|generalist|general")  # the agent every client has
+DEMO_GENERAL = r"general[-_ ]?purpose|generalist|general"  # the agent every client has
 DEMO_CODE_MODE = "run javascript"  # Codex's newest models: the one tool runs scripts that call the others
 
 
@@ -13668,7 +13684,7 @@ def demo_role_arguments(tool: Tool, role: str, argument: str) -> Json:
     if role == "write":
         demo_put(arguments, tool.schema or {}, DEMO_CONTENTS, content.strip(), [])
     if role == "task":
-        general = DEMO_GENERAL.search(json.dumps(tool.schema) + (tool.description or ""))
+        general = re.search(DEMO_GENERAL, json.dumps(tool.schema) + (tool.description or ""))
         for name, schema in demo_part(tool.schema or {}, "properties", dict).items():
             if name in DEMO_AGENTS and not (isinstance(schema, dict) and schema.get("enum")):
                 arguments[name] = general.group() if general else "general-purpose"
@@ -13766,15 +13782,15 @@ def demo_resolved(schema: Any, root: Any) -> Any:
 DEMO_SUMMARY = "SUMMARY-OF-"  # how its summaries begin; behind the directives it means that their steps are done
 DEMO_COMPACTIONS = frozenset(("compaction_summary", "context_compaction"))  # older names of Responses' compaction item
 # Words by which clients ask for a summary (clients.md); such a request holds every old directive, too.
-DEMO_SUMMARIES = re.compile(r"create a detailed summary of (?:the|our|this) conversation|context checkpoint compaction|<state_snapshot>"
-                            r"|summari[sz]e (?:the|this|our) conversation|create a (?:new )?(?:anchored )?summary"
-                            r"|provide a detailed prompt for continuing|handoff summary", re.I)
+DEMO_SUMMARIES = (r"(?i)create a detailed summary of (?:the|our|this) conversation|context checkpoint compaction|<state_snapshot>"
+                  r"|summari[sz]e (?:the|this|our) conversation|create a (?:new )?(?:anchored )?summary"
+                  r"|provide a detailed prompt for continuing|handoff summary")
 DEMO_SUMMARY_SYSTEM = 8000  # characters; a longer system prompt speaks of more than a summary
-DEMO_CONTEXT = re.compile(r"<([a-z_-]*(?:reminder|notification)|environment_context|context)[^>]*>.*?</\1>", re.S | re.I)  # a client's, not a prompt
+DEMO_CONTEXT = r"(?is)<([a-z_-]*(?:reminder|notification)|environment_context|context)[^>]*>.*?</\1>"  # a client's, not a prompt
 
 
-@dataclass
-class DemoView:
+@dataclass(eq=False, repr=False)
+class DemoView(Value):
     """What the model looks at: the conversation as (role, text), roles being user, assistant, system, call, result.
 
     Each text block is an item: neighbours of one role are one message in the hub, and a script ends with its text.
@@ -13859,7 +13875,7 @@ def demo_script_at(items: Sequence[Tuple[str, str]]) -> int:
     for at, (role, text) in enumerate(items):
         if role == "user" and demo_directives(text):
             script, answered = at, False
-        elif role == "user" and answered and DEMO_CONTEXT.sub("", text).strip():
+        elif role == "user" and answered and re.sub(DEMO_CONTEXT, "", text).strip():
             script, answered = -1, False
         elif role == "assistant" and text.strip():
             answered = script >= 0 and (at + 1 == len(items) or items[at + 1][0] == "user")
@@ -13870,9 +13886,9 @@ def demo_script_at(items: Sequence[Tuple[str, str]]) -> int:
 
 def demo_asks_summary(view: DemoView) -> bool:
     """Whether a client wants its conversation summed up."""
-    if view.sealing or DEMO_SUMMARIES.search(view.last_words()):
+    if view.sealing or re.search(DEMO_SUMMARIES, view.last_words()):
         return True
-    return len(view.system) < DEMO_SUMMARY_SYSTEM and not view.request.tools and bool(DEMO_SUMMARIES.search(view.system))
+    return len(view.system) < DEMO_SUMMARY_SYSTEM and not view.request.tools and bool(re.search(DEMO_SUMMARIES, view.system))
 
 
 def demo_asks_verdict(view: DemoView) -> bool:
@@ -13903,8 +13919,8 @@ def demo_size(view: DemoView) -> int:
 # ---- the demo's script ------------------------------------------------------
 
 
-@dataclass
-class DemoScript:
+@dataclass(eq=False, repr=False)
+class DemoScript(Value):
     """What the directives say. `thoughts` and `openings` by the step they stand before."""
 
     steps: List[List[ToolCall]] = field(default_factory=list)
@@ -13976,7 +13992,7 @@ def demo_failing(said: Iterable[str], step: int, attempt: int, times: int) -> Op
     for argument in said:
         name, *words = argument.split() or [""]
         options: Dict[str, str] = {}
-        while words and DEMO_OPTION.match(words[0]):
+        while words and re.match(DEMO_OPTION, words[0]):
             key, _, options[key] = words.pop(0).partition("=")
         if demo_bound(options, "at", 0) == step and attempt < demo_bound(options, "x", times):
             return name, options, " ".join(words)
@@ -13986,8 +14002,8 @@ def demo_failing(said: Iterable[str], step: int, attempt: int, times: int) -> Op
 # ---- the demo's answer ------------------------------------------------------
 
 
-@dataclass
-class DemoTurn:
+@dataclass(eq=False, repr=False)
+class DemoTurn(Value):
     """What the model does with one request.
 
     `key` is the same for retries of one turn: who calls counts attempts by it. `events` are the pieces of the
@@ -14025,7 +14041,7 @@ def demo_pieces(reply: Reply) -> List[List[Event]]:
     pieces: List[List[Event]] = [[ReplyStart(reply.id, reply.model, reply.created_at, usage)]]
     for event in replay(reply)[1:]:
         if isinstance(event, BlockDelta):
-            pieces += [[BlockDelta(event.index, word)] for word in DEMO_WORD.findall(event.text)]
+            pieces += [[BlockDelta(event.index, word)] for word in re.findall(DEMO_WORD, event.text)]
         else:
             pieces.append([event])
     return pieces
@@ -14584,8 +14600,8 @@ STATUS_PHRASES = {200: "OK", 204: "No Content", 301: "Moved Permanently", 302: "
                   503: "Service Unavailable", 504: "Gateway Timeout", 529: "Overloaded"}
 
 
-@dataclass
-class Inbound:
+@dataclass(eq=False, repr=False)
+class Inbound(Value):
     """A request as the server accepted it: whole, decoded, admitted. `base_headers` go on every answer."""
 
     method: str
@@ -14644,7 +14660,8 @@ class RateGate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._free_at = 0.0  # when the next request may pass; guarded by _lock
+        self._passed_at = float("-inf")  # when the last request passed; guarded by _lock
+        self._taken: List[float] = []  # the slots of those who wait; guarded by _lock
 
     def pass_through(self, settings: Settings, stopper: Stopper) -> None:
         """Returns when the request may go; raises ClientError 429, or waits for its own slot if told to."""
@@ -14653,14 +14670,21 @@ class RateGate:
             return
         with self._lock:
             now = self._clock()
-            wait = self._free_at - now
-            if wait <= 0 or settings["rateLimitWait"]:
-                self._free_at = max(now, self._free_at) + limit
-        if wait <= 0:
-            return
+            slot = max(now, max([self._passed_at, *self._taken]) + limit)
+            if slot <= now:
+                self._passed_at = now
+                return
+            if settings["rateLimitWait"]:
+                self._taken.append(slot)
         if not settings["rateLimitWait"]:
-            raise try_later(f"Rate limit exceeded; retry in {wait:.1f}s", wait)
-        stopper.wait(wait)
+            raise try_later(f"Rate limit exceeded; retry in {slot - now:.1f}s", slot - now)
+        try:
+            stopper.wait(slot - now)
+            with self._lock:
+                self._passed_at = max(self._passed_at, slot)
+        finally:
+            with self._lock:
+                self._taken.remove(slot)  # of a client that left, too: those who come later must not wait for it
 
 
 def try_later(message: str, wait_s: float) -> ClientError:
@@ -15321,16 +15345,16 @@ def good_object(answer: Answer, body: bytes) -> Json:
     return value
 
 
-@dataclass
-class Outgoing:
+@dataclass(eq=False, repr=False)
+class Outgoing(Value):
     """A request as it is sent: the wire body, and its bytes."""
 
     body: Json
     raw: bytes
 
 
-@dataclass
-class Turn:
+@dataclass(eq=False, repr=False)
+class Turn(Value):
     """A request on its way to one model: what the client meant, what was decided, what is sent, how the answer returns."""
 
     request: Request
@@ -15923,8 +15947,8 @@ FORWARDING_HEADERS = ("forwarded", "x-forwarded-", "x-real-ip", "cf-connecting-i
 ALLOWED_METHODS = "GET,HEAD,PUT,POST,DELETE,PATCH,OPTIONS"
 
 
-@dataclass
-class App:
+@dataclass(eq=False, repr=False)
+class App(Value):
     """The parts of a running gateway; `settings` is a function because settings are live."""
 
     settings: Callable[[], Settings]
@@ -15946,10 +15970,11 @@ class App:
     started_at: float = field(default_factory=time.time)
     served: int = 0
     running: Dict[int, str] = field(default_factory=dict)  # calls not yet recorded; single dict operations
+    stopping: bool = False  # running calls finish, and their connections end with them
 
 
-@dataclass
-class PlainAnswer:
+@dataclass(eq=False, repr=False)
+class PlainAnswer(Value):
     """A complete answer of a plain route."""
 
     body: Any
@@ -16306,8 +16331,7 @@ def refuse_socket(app: App, inbound: Inbound, name: str) -> PlainAnswer:
 # ---- routes -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """`access`: open | key | token | device | admin. `dialect` is that of errors, and of the request for live routes."""
 
     method: str
@@ -16373,17 +16397,17 @@ def find_route(method: str, path: str, headers: Dict[str, str]) -> Tuple[Route, 
             methods, name = ROUTE_TABLE[stem + "*"], path[len(stem):]
     if methods is None:
         route = ADMIN_ROUTE if path == "/admin" or path.startswith("/admin/") else UNKNOWN_ROUTE
-        route = replace(route, dialect=dialect_of_stranger(path, headers))
+        route = route._replace(dialect=dialect_of_stranger(path, headers))
         return route, "", ClientError(f"Not found: {method} {path}", status=404, code="not_found")
     route = methods.get("GET" if method == "HEAD" else method)
     if route is None:
         allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
         first = next(iter(methods.values()))
         shared = first.plain is not None or first.dialect == GEMINI
-        return replace(first, dialect=dialect_of_stranger(path, headers)) if shared else first, "", ClientError(
+        return first._replace(dialect=dialect_of_stranger(path, headers)) if shared else first, "", ClientError(
             f"{path} does not answer {method}; use {allowed}", status=405, headers={"Allow": allowed})
     if route.plain is not None:
-        route = replace(route, dialect=dialect_of_stranger(path, headers))
+        route = route._replace(dialect=dialect_of_stranger(path, headers))
     return route, unquote(name), None
 
 
@@ -16482,7 +16506,7 @@ class _Call:
         self.path, self.query = normal_path(target.path), dict(parse_qsl(target.query, keep_blank_values=True))
         newer = parts[2] == "HTTP/1.1"
         connection = self.headers.get("connection", "").lower()
-        self.keep = newer and "close" not in connection and not crowded
+        self.keep = newer and "close" not in connection and not crowded and not self.app.stopping
         self.line.chunked = newer
         trace = self.headers.get("x-trace-id", "")
         self.exchange.trace_id = trace if TRACE_ID.match(trace) else self.exchange.trace_id
@@ -16876,7 +16900,7 @@ def device_page(shown: Json) -> str:
 GLOBAL_OPTIONS = {"--api-home": "COPILOT_API_HOME", "--oauth-app": "COPILOT_API_OAUTH_APP",
                   "--enterprise-url": "COPILOT_API_ENTERPRISE_URL"}
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
-STOP_S = 2.0  # how long running requests may take to end when the gateway stops
+STOP_S = 2.0  # how long running requests may take to end once they are told to
 STOPPED = Failure("transport", "provider", 503, "the gateway was stopped", "gateway_stopped")
 RISK_NOTE = ("Note: this is not an official GitHub client. Heavy automated use can get a Copilot account restricted; "
              "use it as you would use your editor.")
@@ -16983,6 +17007,19 @@ def start_parts(app: App) -> None:
     app.accounts.begin()
 
 
+PATIENCE_S = 25.0  # for what runs when we are told to stop; Kubernetes kills after 30 s, systemd after 90, Docker after 10
+
+
+def finish_running(app: App, signals: queue.SimpleQueue, patience_s: float = PATIENCE_S) -> None:
+    """Waits for the running requests, as long as patience lasts or until another signal comes."""
+    app.stopping = True
+    deadline = time.monotonic() + patience_s
+    if app.running and patience_s:
+        app.log.info(f"stopping: {len(app.running)} running requests have {patience_s:g} s to end; a second signal ends them now")
+    while app.running and signals.empty() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def stop_parts(app: App) -> None:
     """Ends them: running streams get their dialect's ending, what was recorded is committed."""
     for line in app.watch.lines():
@@ -17021,14 +17058,17 @@ def run_start(setup: Setup, options: Any) -> int:
         print(f"cannot listen on {host}:{settings['port']}: {reason_of(exc)}" + (f"; it is held by {holder}" if holder else ""), file=sys.stderr)
         return EXIT_FAILED
     server.app = app = compose(setup, options.github_token or None, terminal=sys.stderr.isatty(), demo=options.demo)
+    signals: queue.SimpleQueue = queue.SimpleQueue()  # the one thing a signal handler may safely fill
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown, daemon=True).start())
+        signal.signal(number, lambda number, _: signals.put(number))
+    threading.Thread(target=lambda: (signals.get(), server.shutdown()), name="signals", daemon=True).start()
     start_parts(app)
     greet(setup, server.server_address[1], host, options.demo)
     try:
         server.serve_forever(0.2)
     finally:
         server.server_close()
+        finish_running(app, signals)
         stop_parts(app)
     return EXIT_OK
 
