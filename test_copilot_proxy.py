@@ -2453,7 +2453,7 @@ class RunningGateway:
             db.close()
 
 
-def wait_until(claim: Callable[[], Any], timeout_s: float = 5.0) -> None:
+def wait_until(claim: Callable[[], Any], timeout_s: float = 15.0) -> None:
     """Returns as soon as the claim holds; fails after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not claim():
@@ -16505,6 +16505,7 @@ class ServerRateWait(ServerCase):
             self.assertGreater(passed_s, 0.1 * place - 0.01)
 
     def test_who_leaves_the_line_leaves_his_slot(self):
+        self.gateway.settings.values["rateLimitSeconds"] = 30  # nobody's turn comes while they stand there
         for number in range(21):
             client = self.client()
             client.request("POST", *asking(cp.CHAT))
@@ -16514,9 +16515,10 @@ class ServerRateWait(ServerCase):
         for client in self.gateway.app.watch.lines():
             client.leave()
         wait_until(lambda: not self.gateway.app.running)
+        self.gateway.settings.values["rateLimitSeconds"] = 0.1  # with a slot of theirs left it would be minutes
         begun = time.monotonic()
         self.assertEqual(200, self.post(*asking(cp.CHAT)).status)
-        self.assertLess(time.monotonic() - begun, 1.0)
+        self.assertLess(time.monotonic() - begun, 10)
 
 
 class ServerApproval(ServerCase):
@@ -18967,7 +18969,7 @@ class Fault(NamedTuple):
 MATRIX_GATEWAYS = {
     "patient": {"streams": {"statusHoldSeconds": 30, "keepAliveSeconds": 1}},
     "lively": {"streams": {"statusHoldSeconds": 0.05, "keepAliveSeconds": 0.05}, "upstreamTransport": {"headersTimeoutMs": 1500, "streamInactivityTimeoutMs": 1500}},
-    "deaf": {"streams": {"statusHoldSeconds": 30, "keepAliveSeconds": 1}, "upstreamTransport": {"headersTimeoutMs": 400, "streamInactivityTimeoutMs": 400}},
+    "deaf": {"streams": {"statusHoldSeconds": 30, "keepAliveSeconds": 1}, "upstreamTransport": {"headersTimeoutMs": 1200, "streamInactivityTimeoutMs": 1200}},
     "alone": {"streams": {"statusHoldSeconds": 30, "keepAliveSeconds": 1}},
 }
 BRIEF_S, LONGER_S, FOREVER_S = 0.02, 1.0, 60.0  # seconds; LONGER_S is longer than the clocks of a lively gateway
@@ -19200,7 +19202,7 @@ class FaultMatrix(unittest.TestCase):
     def test_the_stall_clock_says_how_long_it_was_silent(self):
         def law(cell: Cell, answer: Reply, row: Json, sent: bytes) -> None:
             if cell.fault.name.startswith("dead"):
-                self.assertIn("1.5 s" if cell.fault.gateway == "lively" else "0.4 s", answer.text)
+                self.assertIn("1.5 s" if cell.fault.gateway == "lively" else "1.2 s", answer.text)
         self.check(law)
 
 
