@@ -3981,7 +3981,7 @@ JUNK_VALUES = (None, True, 0, -1, 1.5, "", "x", "\ud83d", [], [None], [[]], {}, 
 def random_json(chance: random.Random, depth: int = 3) -> Any:
     """A random JSON value made of names that dialects use."""
     if depth == 0 or chance.random() < 0.3:
-        return chance.choice(JUNK_VALUES)
+        return copy.deepcopy(chance.choice(JUNK_VALUES))
     if chance.random() < 0.3:
         return [random_json(chance, depth - 1) for _ in range(chance.randint(0, 3))]
     names = chance.sample(("type", "id", "choices", "usage", "model", "error", "response", "message", "delta", "index", "finish_reason", "stop_reason",
