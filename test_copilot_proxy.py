@@ -19082,15 +19082,21 @@ class MatrixUpstream(ScriptedUpstream):
 class FaultMatrix(unittest.TestCase):
     """Laws 3 and 4 for every fault x client x upstream x form: all cells are run once, side by side; each test looks at one law.
 
-    Gemini is a client's dialect only, so twelve pairs: three pass through, nine are translated. To keep the run short, what is
-    assembled is asked of the three only, and the event of 4 MB of these and of Messages clients.
+    Gemini is a client's dialect only, so twelve pairs: three pass through, nine are translated. To keep the run short each fault
+    meets one foreign upstream per client, another one each time, and assembled answers pass through; FULL=1 runs every cell.
     """
+
+    @staticmethod
+    def foreign(fault: Fault, client: str) -> str:
+        """The foreign upstream of a fault and a client."""
+        others = [upstream for upstream in MODEL_OF if upstream != client]
+        return others[(FAULTS.index(fault) + CLIENT_DIALECTS.index(client)) % len(others)]
 
     @classmethod
     def setUpClass(cls) -> None:
         rows = itertools.product(FAULTS, CLIENT_DIALECTS, MODEL_OF, (STREAM, WHOLE, ASSEMBLED))
         cls.cells = [Cell(fault, client, upstream, form, fault.told(form, upstream)) for fault, client, upstream, form in rows
-                     if fault.told(form, upstream) and (client == upstream or form != ASSEMBLED and (client == cp.MESSAGES or not fault.name.endswith("MB")))]
+                     if fault.told(form, upstream) and (client == upstream or "FULL" in os.environ or form != ASSEMBLED and upstream == cls.foreign(fault, client))]
         cls.upstream = MatrixUpstream(cls.cells)
         cls.addClassCleanup(cls.upstream.close)
         gone = ScriptedUpstream()
@@ -21485,6 +21491,11 @@ def leave_at(probed: Probed, stand: Stand, trace_id: str) -> float:
     return max(0.0, seen.aborted_at - begun)
 
 
+def has_not_grown(now: Vitals, before: Vitals) -> bool:
+    """Whether threads and descriptors are as many as before; a pooled socket or two come and go, a leak is one per visit."""
+    return now.threads <= before.threads and now.descriptors <= before.descriptors + 2
+
+
 def leave_often(times: int) -> str:
     """Clients leave at every stand in turn; what was seen, in words. Raises AssertionError for what was left behind."""
     with Probed({"streams": {"keepAliveSeconds": 0.2, "statusHoldSeconds": 0.2}}) as probed:
@@ -21497,7 +21508,7 @@ def leave_often(times: int) -> str:
         visits = round_of(times, "visit")
         wait_until(lambda: len(probed.rows()) == len(warm) + times)
         try:
-            wait_until(lambda: all(now <= then for now, then in zip(probed.vitals()[1:], before[1:])))
+            wait_until(lambda: has_not_grown(probed.vitals(), before))
         except AssertionError:
             raise AssertionError(f"before: {before}; after: {probed.vitals()}") from None
         rows = probed.rows()
@@ -21529,7 +21540,7 @@ def leave_the_line_often(times: int, crowd: int = 20) -> str:
         late = [row["trace_id"] for row in probed.rows().values() if row["outcome"] != "client_gone" or row["duration_ms"] > 1000 * STOP_LIMIT_S]
         if late != ["first"] or len(probed.upstream.seen(CHAT_PATH)) != 1:
             raise AssertionError(f"not ended at once: {late}")
-        wait_until(lambda: all(now <= then for now, then in zip(probed.vitals()[1:], before[1:])))
+        wait_until(lambda: has_not_grown(probed.vitals(), before))
         return f"{times} clients left the line; before: {before}; after: {probed.vitals()}"
 
 
