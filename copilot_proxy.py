@@ -8760,8 +8760,7 @@ def with_members(frame: bytes, opens: re.Pattern, holder: Json, members: Json) -
 
 def chunk_choices(chunk: Json) -> List[Json]:
     """The choices of a chunk or an answer, as far as they are objects."""
-    choices = chunk.get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return objects_in(chunk.get("choices"))
 
 
 def absent(holder: Json, members: Json) -> Json:
@@ -9603,6 +9602,9 @@ MENDS: Tuple[Mend, ...] = (
 )
 
 
+CURES = {row.name: row.cure for row in MENDS}
+
+
 def mend(body: Json, failure: Failure, plan: Plan) -> Optional[Lesson]:
     """Mends a body where a refusal says so, in place; None when it names nothing known, and the body is as before."""
     if failure.status not in (400, 413) or failure.kind not in ("request", "model"):
@@ -9621,8 +9623,7 @@ def mend(body: Json, failure: Failure, plan: Plan) -> Optional[Lesson]:
 
 def heed(body: Json, lessons: Iterable[Lesson], plan: Plan) -> bool:
     """Applies what earlier refusals taught; True when the body was changed."""
-    rows = {row.name: row for row in MENDS}
-    changed = [name for name, lesson in lessons if rows[name].cure(body, lesson, plan)]
+    changed = [name for name, lesson in lessons if CURES[name](body, lesson, plan)]
     plan.edits += [f"learned:{name}" for name in dict.fromkeys(changed)]
     return bool(changed)
 
@@ -14800,7 +14801,7 @@ class Planner:
 
     def _long(self, name: str, plan: Plan) -> str:
         """The name with `[1m]` where the long window is asked for, by name or by beta, and without it where it is off."""
-        mode, bare = self._settings()["context1m"], re.sub(rf"(?i){re.escape(LONG_CONTEXT)}$", "", name)
+        mode, bare = self._settings()["context1m"], name[:-len(LONG_CONTEXT)] if name.lower().endswith(LONG_CONTEXT) else name
         plan.long_context = mode == "auto" or mode == "suffix" and (bare != name or plan.long_context)
         return bare + LONG_CONTEXT if mode == "suffix" and plan.long_context else bare
 
