@@ -1616,14 +1616,25 @@ class Meter:
         self._recent: deque = deque(maxlen=self.KEPT_READS)
 
     def feed(self, frames: bytes) -> bytes:
+        """Remembers the frames, and gives those to relay."""
+        self.keep(frames)
+        return self.relayed(frames)
+
+    def relayed(self, frames: bytes) -> bytes:
+        """Frames to relay of frames that `keep` was told of."""
         raise NotImplementedError
 
     def close(self, failure: Optional[Failure]) -> bytes:
         raise NotImplementedError
 
-    def _keep(self, frames: bytes) -> None:
+    def passes(self, around: bytes) -> bool:
+        """Whether frames of which only the delta differs, with this around it, go out as they came and teach nothing
+        but what `keep` keeps."""
+        raise NotImplementedError
+
+    def keep(self, frames: bytes) -> None:
         """Remembers a read; comments alone (upstream's own keep-alives) would push the last frames out."""
-        if b"data:" in frames:
+        if b"data:" in frames and not self.ended:
             self._recent.append(frames)
 
     def _last_objects(self) -> Iterator[Json]:
@@ -3594,13 +3605,15 @@ class ChatMeter(Meter):
         self._pin = b""  # the bytes `"id":"…"` as upstream writes them
         self._held: List[bytes] = []  # chunks without content that came before any id did
 
-    def feed(self, frames: bytes) -> bytes:
+    def relayed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._keep(frames)
         if self._pin and 0 < frames.count(self._pin) == frames.count(b"\n\n") and b"\r" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
+
+    def passes(self, around: bytes) -> bool:
+        return not self.ended and self._pin in around and self._pin != b""
 
     def _frame(self, frame: bytes) -> bytes:
         if self.ended:
@@ -5036,13 +5049,15 @@ class ResponsesMeter(Meter):
         self._id: Optional[str] = None
         self._response: Json = {}  # the object of `response.created`
 
-    def feed(self, frames: bytes) -> bytes:
+    def relayed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._keep(frames)
         if b'"response"' not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
+
+    def passes(self, around: bytes) -> bool:
+        return not self.ended and b'"response"' not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
         if self.ended:
@@ -6122,13 +6137,15 @@ class MessagesMeter(Meter):
         self._billed: Optional[int] = None
         self._started = False
 
-    def feed(self, frames: bytes) -> bytes:
+    def relayed(self, frames: bytes) -> bytes:
         if self.ended:
             return b""
-        self._keep(frames)
         if self._started and b"message_stop" not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
+
+    def passes(self, around: bytes) -> bool:
+        return self._started and not self.ended and b"message_stop" not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
         if self.ended:
@@ -9137,21 +9154,23 @@ def edit_request(body: Json, raw: bytes, plan: Plan, quirks: Sequence[Quirk]) ->
 class FrameForm:
     """What stands around the delta of most frames of a stream, before and after the edits.
 
-    Frames of one stream mostly differ in their delta only: once one has been edited, its like are known by three counts
-    and edited by two replacements.
+    Frames of one stream mostly differ in their delta only: once one has been edited, its like are known by two counts
+    (0.2 µs a frame at full speed) and edited by two replacements.
     """
 
-    __slots__ = ("head", "tail", "seam", "new_head", "new_tail")
+    __slots__ = ("head", "tail", "seam", "around", "new_head", "new_tail")
 
     def __init__(self, old: Tuple[bytes, bytes], new: Tuple[bytes, bytes]) -> None:
         self.head, self.tail = old
         self.seam = self.tail + self.head
+        self.around = self.head + self.tail
         self.new_head, self.new_tail = new
 
     def fits(self, frames: bytes) -> bool:
-        """Whether all frames are of this form: head and tail hold bare quotes, so they never stand inside a text."""
-        return (frames.startswith(self.head) and frames.endswith(self.tail)
-                and frames.count(self.head) == frames.count(self.tail) == frames.count(self.seam) + 1)
+        """Whether all frames are of this form: each blank line inside is one where a tail meets a head. Both hold bare
+        quotes, so neither stands inside a text."""
+        return (frames.startswith(self.head) and frames.endswith(self.tail) and len(frames) >= len(self.around)
+                and frames.count(self.seam) == frames.count(b"\n\n") - 1 and b"\r" not in frames)
 
     def edited(self, frames: bytes) -> bytes:
         """Frames of this form in the new one."""
@@ -9193,29 +9212,35 @@ class FramePatch:
 
     def feed(self, frames: bytes) -> bytes:
         """The frames to relay; whole frames only."""
-        if not any([edit.touches(frames) for edit in self._inside]):
-            known = self._in_form(frames)
-            if known is not None:
-                return known
-            if not any([edit.touches(frames) for edit in self._around]):
-                return frames
+        form = self.form_of(frames)
+        if form is not None:
+            return form.edited(frames)
+        if not any([edit.touches(frames) for edit in (*self._inside, *self._around)]):
+            return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
-    def _in_form(self, frames: bytes) -> Optional[bytes]:
-        """Frames of one known form, edited; None for others."""
+    def form_of(self, frames: bytes) -> Optional[FrameForm]:
+        """The known form that all these frames have, None where they have none or an edit must look inside."""
         for form in self._forms:
             if form.fits(frames):
+                if any([edit.touches(frames) for edit in self._inside]):
+                    return None
                 self._learnings = 0
-                return form.edited(frames)
+                return form
         return None
+
+    def learns(self) -> bool:
+        """Whether forms may still be found: then a mixed read is worth cutting."""
+        return self._learnings < self.LEARNINGS and bool(self._inside or self._around)
 
     def _frame(self, frame: bytes) -> bytes:
         for edit in self._inside:
             if edit.touches(frame):
                 frame = edit.edit(frame)
-        known = self._in_form(frame)
-        if known is not None:
-            return known
+        form = next((form for form in self._forms if form.fits(frame)), None)
+        if form is not None:
+            self._learnings = 0
+            return form.edited(frame)
         edited = frame
         for edit in self._around:
             edited = edit.edit(edited) if edited else edited
@@ -9232,6 +9257,48 @@ class FramePatch:
             self._forms.clear()
         elif old is not None and new is not None and old[1] == new[1]:
             self._forms.appendleft(FrameForm(old[::2], new[::2]))
+
+
+class Passage:
+    """What becomes of a stream that is passed through: junk taken out, metered, patched.
+
+    Frames that differ only in their delta from one that went this way need not go it again: the form tells all.
+    A read of several kinds is cut in halves until pieces are of one, so that at full speed the first read, which begins
+    with the opening frames, costs 0.1 ms and not 0.5.
+    """
+
+    PIECE_BYTES = 4096  # less is not cut
+
+    def __init__(self, codec: Codec, trace_id: str, plan: Plan, quirks: Sequence[Quirk]) -> None:
+        self.meter = codec.meter(trace_id)
+        self._patch = FramePatch(plan, quirks)
+        self._end_word = codec.end_word
+        self._begun = False
+
+    def feed(self, frames: bytes) -> bytes:
+        """The frames to relay; whole frames only."""
+        form = self._known(frames)
+        if form is None:
+            frames = without_junk(frames, self._end_word)
+        self.meter.keep(frames)
+        return form.edited(frames) if form is not None else self._piece(frames)
+
+    def _known(self, frames: bytes) -> Optional[FrameForm]:
+        """The form of these frames, if it tells what becomes of them."""
+        form = self._patch.form_of(frames)
+        return form if form is not None and self.meter.passes(form.around) else None
+
+    def _piece(self, frames: bytes) -> bytes:
+        """What becomes of a part of a read."""
+        form = self._known(frames)
+        if form is not None:
+            return form.edited(frames)
+        if len(frames) > self.PIECE_BYTES and (not self._begun or self._patch.learns()):
+            middle = frames.find(b"\n\n", len(frames) // 2) + 2
+            if 1 < middle < len(frames):
+                return self._piece(frames[:middle]) + self._piece(frames[middle:])
+        self._begun = True
+        return self._patch.feed(self.meter.relayed(frames))
 
 
 # ---- mends ------------------------------------------------------------------
@@ -15088,11 +15155,11 @@ class PassThroughRoad(Road):
 
     def stream(self, answer: Answer) -> None:
         """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
-        meter, patch = self._codec.meter(self.exchange.trace_id), FramePatch(self.plan, self._quirks)
-        batches, last = Batches(answer), b""
+        passage = Passage(self._codec, self.exchange.trace_id, self.plan, self._quirks)
+        meter, batches, last = passage.meter, Batches(answer), b""
         try:
             for frames in batches:
-                out = patch.feed(meter.feed(without_junk(frames, self._codec.end_word)))
+                out = passage.feed(frames)
                 if not self.relayed and meter.error is not None:
                     raise UpstreamError(meter.error)
                 if meter.ended:

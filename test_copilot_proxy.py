@@ -3964,11 +3964,11 @@ def learned(meter: cp.Meter) -> Tuple[Any, ...]:
     return meter.usage, meter.served_model, meter.stop_reason, meter.error and meter.error.kind
 
 
-def random_groups(frames: Sequence[bytes], chance: random.Random) -> List[bytes]:
-    """The frames in reads of one to five."""
+def random_groups(frames: Sequence[bytes], chance: random.Random, most: int = 5) -> List[bytes]:
+    """The frames in reads of one to five, or more."""
     reads, at = [], 0
     while at < len(frames):
-        size = chance.randint(1, 5)
+        size = chance.randint(1, most)
         reads.append(b"".join(frames[at:at + size]))
         at += size
     return reads
@@ -9237,8 +9237,8 @@ class FrameEdits(unittest.TestCase):
     def relayed(self, frames: Sequence[bytes], asked: bool, reads: Optional[List[bytes]] = None, provider: str = "copilot") -> bytes:
         """What a chat client gets of upstream's frames; `asked`: it wanted the usage."""
         _, _, plan = edited(WITH_USAGE if asked else {}, cp.CHAT, True, provider)
-        patch, meter = cp.FramePatch(plan, cp.quirks_for(plan)), cp.CODECS[cp.CHAT].meter(TRACE)
-        return b"".join(patch.feed(meter.feed(read)) for read in reads or frames) + meter.close(None)
+        passage = cp.Passage(cp.CODECS[cp.CHAT], TRACE, plan, cp.quirks_for(plan))
+        return b"".join(map(passage.feed, reads or frames)) + passage.meter.close(None)
 
     def test_the_usage_chunk_nobody_asked_for_is_swallowed(self):
         for recording in CHAT_STREAMS[:1] + [Recording("CRLF", with_crlf(GPT_TEXT + GPT_ENDING))]:
@@ -9449,6 +9449,38 @@ class AnswerEdits(unittest.TestCase):
             first, read = patch.feed(frame), frame * 50
             patch._frame = None  # nothing is looked at one by one
             self.assertEqual((patch.feed(read), patch.feed(read) is read), (first * 50, same))
+
+    def test_a_passage_is_junk_taken_out_then_the_meter_then_the_patch(self):
+        """Whatever its short ways and however the stream is cut: the same bytes, the same lesson, the same end."""
+        chance = random.Random(44)
+        for dialect, recordings in ((cp.CHAT, CHAT_STREAMS), (cp.RESPONSES, RESPONSES_STREAMS), (cp.MESSAGES, MESSAGES_STREAMS)):
+            kinds = list(dict.fromkeys(frame for recording in recordings for frame in recording.frames))
+            for _ in range(150):
+                opening, some = chance.choice(recordings).frames[:chance.randrange(4)], chance.sample(kinds, 4)
+                frames = [*opening, *[frame for _ in range(5) for frame in [chance.choice(some)] * chance.choice((1, 2, 30))], *chance.choice(recordings).frames[-chance.randint(1, 4):]]
+                reads = random_groups(frames, chance, chance.choice((1, 5, 90)))
+                plan = answer_plan(dialect, chance.choice(("claude-x", "gemini-x", "gpt-x")))
+                meter, patch = cp.CODECS[dialect].meter(TRACE), cp.FramePatch(plan, cp.quirks_for(plan))
+                patch.LEARNINGS = 0
+                expected = b"".join([patch.feed(meter.feed(cp.without_junk(read, cp.CODECS[dialect].end_word))) for read in reads]) + meter.close(cp.CUT)
+                passage = cp.Passage(cp.CODECS[dialect], TRACE, plan, cp.quirks_for(plan))
+                passage.PIECE_BYTES = chance.choice((50, 400, 4096))
+                relayed = b"".join(map(passage.feed, reads)) + passage.meter.close(cp.CUT)
+                with self.subTest(dialect, reads=reads):
+                    self.assertEqual(relayed, expected)
+                    for name in ("usage", "served_model", "stop_reason", "error", "ended"):
+                        self.assertEqual(getattr(passage.meter, name), getattr(meter, name), name)
+
+    def test_at_full_speed_only_the_edges_of_a_read_are_looked_at(self):
+        plan = answer_plan(cp.CHAT, "claude-x")
+        passage, looked = cp.Passage(cp.CODECS[cp.CHAT], TRACE, plan, cp.quirks_for(plan)), []
+        inner = passage._patch._frame
+        passage._patch._frame = lambda frame: (looked.append(frame), inner(frame))[1]
+        opening, frame = claude_frame({"role": "assistant", "content": ""}), claude_frame({"content": "a"})
+        passage.feed(opening + frame * 500)
+        self.assertLess(len(looked), 40)
+        passage.feed(frame * 500)
+        self.assertLess(len(looked), 40)
 
     def test_where_every_frame_has_a_form_of_its_own_learning_stops(self):
         plan = answer_plan(cp.CHAT, "gpt-x")
