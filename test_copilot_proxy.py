@@ -12189,6 +12189,31 @@ class WatchedClients(LineCase):
         time.sleep(0.05)
         self.assertEqual((False, []), (self.line.stopper.stopped, self.watch.lines()))
 
+    def test_a_request_that_is_over_within_a_turn_never_enters_the_selector(self):
+        watch = cp.Watch(lambda: cp.Settings({}, {}, {}), cp.Log(io.StringIO()))  # its thread is not started: no turn comes
+        self.addCleanup(watch.stop)
+        calls = []
+        for name in ("register", "unregister"):
+            setattr(watch._selector, name, lambda number, *more, name=name: calls.append(name))
+        watch.add(self.line)
+        watch.remove(self.line)
+        watch._see()
+        self.assertEqual(([], [], {}), (calls, watch.lines(), watch._unseen))
+        watch.add(self.line)
+        watch._see()
+        watch.remove(self.line)
+        self.assertEqual(["register", "unregister"], calls)
+
+    def test_the_next_request_on_a_socket_is_watched_whenever_the_one_before_ended(self):
+        for turned in (False, True):
+            if turned:
+                wait_until(lambda: not self.watch._unseen)
+            self.watch.remove(self.line)
+            self.line = cp.ClientLine(self.line.sock, True, time.monotonic)
+            self.watch.add(self.line)
+        self.far.close()
+        wait_until(lambda: self.line.stopper.stopped, 1.0)
+
     def test_a_line_whose_socket_is_closed_already_is_gone(self):
         line = cp.ClientLine(socket.socket(), True, time.monotonic)
         line.sock.close()
@@ -14133,6 +14158,14 @@ class UsageRows(LedgerCase):
 
 class LedgerFiles(LedgerCase):
     """The database and its one writer."""
+
+    def test_half_an_emoji_costs_no_row(self):
+        """SQLite cannot take a lone surrogate, which JSON can escape: that row is stored without it, and the others as they are."""
+        ledger = self.ledger()
+        for agent in ("a/1", "cut \ud83d/1", "\u00fc/1"):
+            ledger.record(replace(self.exchange(cp.Usage(input=1)), user_agent=agent))
+        self.assertTrue(ledger.flush())
+        self.assertEqual(["a/1", "cut ?/1", "\u00fc/1"], [row["user_agent"] for row in self.rows("requests")])
 
     def test_rows_are_committed_within_a_second(self):
         ledger = self.ledger()
