@@ -1070,20 +1070,31 @@ def parse_head(head: bytes) -> Tuple[str, Dict[str, str]]:
         raise BadHead("a bare CR, LF or NUL")
     if len(lines) > MAX_HEAD_LINES:
         raise BadHead(f"more than {MAX_HEAD_LINES} header lines")
+    try:
+        pairs = [(name.lower(), value.strip(" \t")) for name, value in [line.split(":", 1) for line in lines[1:]]]
+    except ValueError:
+        raise BadHead("a header line is malformed") from None
+    headers = dict(pairs)
+    names = "\n".join(headers)
+    if "" in headers or (" " in names or "\t" in names) and any(name != name.strip(" \t") for name in headers):
+        raise BadHead("a header line is malformed")
+    if len(headers) < len(pairs):
+        headers = joined_headers(pairs)
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise BadHead("Content-Length beside Transfer-Encoding")
+    return lines[0], headers
+
+
+def joined_headers(pairs: Sequence[Tuple[str, str]]) -> Dict[str, str]:
+    """Headers of which some come several times; raises BadHead for those that must not."""
     headers: Dict[str, str] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if not colon or not name or name.strip(" \t") != name:
-            raise BadHead("a header line is malformed")
-        name, value = name.lower(), value.strip(" \t")
+    for name, value in pairs:
         if name in headers:
             if name in ("content-length", "host") and headers[name] != value:
                 raise BadHead(f"two different {name} headers")
             value = value if name in ("content-length", "host") else f"{headers[name]}, {value}"
         headers[name] = value
-    if "transfer-encoding" in headers and "content-length" in headers:
-        raise BadHead("Content-Length beside Transfer-Encoding")
-    return lines[0], headers
+    return headers
 
 
 def content_length(headers: Dict[str, str]) -> Optional[int]:
@@ -7356,6 +7367,7 @@ def renamed_field(body: Json, old: str, new: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=64)
 def wants_completion_limit(model: str) -> bool:
     """Whether Chat calls the output limit `max_completion_tokens`: GPT from 5 on and the o-series."""
     name = model.lower()
@@ -9147,7 +9159,7 @@ def edit_request(body: Json, raw: bytes, plan: Plan, quirks: Sequence[Quirk]) ->
     before = len(plan.edits)
     signs: Optional[Set[str]] = None
     for quirk in quirks:
-        if quirk.request is None or (quirk.needles and not any(needle in raw for needle in quirk.needles)):
+        if quirk.request is None or (quirk.needles and not any([needle in raw for needle in quirk.needles])):
             continue
         if quirk.signs:
             signs = history_signs(body, plan) if signs is None else signs
