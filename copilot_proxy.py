@@ -1165,6 +1165,8 @@ class ChunkDecoder:
                 continue
             if not self._trailers:
                 at = self._whole_chunks(data, at, pieces)
+                if at == end:
+                    break
             line_end = data.find(b"\n", at)
             if line_end < 0:
                 self._hold(data[at:])
@@ -9243,7 +9245,7 @@ class FramePatch:
         """The known form that all these frames have, None where they have none or an edit must look inside."""
         for form in self._forms:
             if form.fits(frames):
-                if any([edit.touches(frames) for edit in self._inside]):
+                if self._inside and any([edit.touches(frames) for edit in self._inside]):
                     return None
                 self._learnings = 0
                 return form
@@ -9298,10 +9300,12 @@ class Passage:
     def feed(self, frames: bytes) -> bytes:
         """The frames to relay; whole frames only."""
         form = self._known(frames)
-        if form is None:
-            frames = without_junk(frames, self._end_word)
+        if form is not None:
+            self.meter.keep(frames)
+            return form.edited(frames)
+        frames = without_junk(frames, self._end_word)
         self.meter.keep(frames)
-        return form.edited(frames) if form is not None else self._piece(frames)
+        return self._piece(frames)
 
     def _known(self, frames: bytes) -> Optional[FrameForm]:
         """The form of these frames, if it tells what becomes of them."""
@@ -12515,7 +12519,8 @@ class ClientLine:
         """Sends a complete answer; raises ClientGone."""
         with self._lock:
             self.opened = self.ended = True
-            self._capture(body)
+            if self.captured is not None:
+                self._capture(body)
             if len(body) > JOIN_BYTES:
                 self._send(head)
                 self._send(body)
@@ -12523,11 +12528,12 @@ class ClientLine:
                 self._send(head + body)
 
     def _framed(self, data: bytes) -> bytes:
-        self._capture(data)
+        if self.captured is not None:
+            self._capture(data)
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
 
     def _capture(self, data: bytes) -> None:
-        if self.captured is not None and len(self.captured) < CAPTURE_BYTES:
+        if len(self.captured) < CAPTURE_BYTES:
             self.captured += data
 
     def _send(self, data: bytes) -> None:
