@@ -9471,6 +9471,24 @@ class AnswerEdits(unittest.TestCase):
                     for name in ("usage", "served_model", "stop_reason", "error", "ended"):
                         self.assertEqual(getattr(passage.meter, name), getattr(meter, name), name)
 
+    def test_a_read_gets_the_ids_that_its_frames_get_one_by_one(self):
+        chance, plan, at_once = random.Random(45), answer_plan(cp.RESPONSES, "gpt-x"), 0
+        kinds = [
+            lambda: sse({"delta": "x", "item_id": chance.choice("ABC"), "output_index": 1, "n": 1}), lambda: sse({"item_id": chance.choice("ABC"), "delta": "x", "output_index": 1}),
+            lambda: sse({"output_index": 1, "item_id": chance.choice("ABC")}), lambda: sse({"item_id": chance.choice("ABC"), "output_index": 10}), lambda: sse({"item_id": "A", "output_index": 0}),
+            lambda: sse({"item_id": "B"}), lambda: sse({"output_index": 1, "delta": "x"}), lambda: sse(spoken_item("A", 1, "added")), lambda: sse(spoken_item("B", 1, "done")),
+            lambda: sse({"item_id": 'q"', "output_index": 1}), lambda: sse({"item_id": "C", "output_index": 1}).replace(b'":', b'": '), lambda: b": hi\n\n", lambda: b"data: x\n\n",
+            lambda: with_crlf([sse({"item_id": "C", "output_index": 1})])[0], lambda: sse({"item_id": "C", "output_index": 1}) [:-2] + b"\r\n\r\n"]
+        for _ in range(700):
+            some = [chance.choice(kinds[:2]), chance.choice(kinds)]
+            frames = [sse(spoken_item("A", chance.randrange(2), "added"))] + [chance.choice(some)() for _ in range(chance.randint(1, 6))]
+            slow, quick = ([quirk.frames(plan) for quirk in cp.quirks_for(plan) if quirk.name == "pinned_ids"][0] for _ in range(2))
+            slow.edit(frames[0]), quick.edit(frames[0])
+            expected, edited = b"".join(map(slow.edit, frames[1:])), quick.edit_all(b"".join(frames[1:]))
+            at_once += edited is not None
+            self.assertIn(edited, (None, expected), frames)
+        self.assertGreater(at_once, 60)
+
     def test_at_full_speed_only_the_edges_of_a_read_are_looked_at(self):
         plan = answer_plan(cp.CHAT, "claude-x")
         passage, looked = cp.Passage(cp.CODECS[cp.CHAT], TRACE, plan, cp.quirks_for(plan)), []
