@@ -3679,6 +3679,68 @@ class JsonLimits(unittest.TestCase):
         self.assertTrue(cp.dump_json({"a": "ü"}, ascii_only=True).isascii())
 
 
+class LargeBodies(unittest.TestCase):
+    """Bodies whose conversation is sent as it came: read member by member."""
+
+    def setUp(self) -> None:
+        patch = mock.patch.object(cp, "LARGE_BODY", 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    @staticmethod
+    def written(value: Any, chance: random.Random) -> bytes:
+        """JSON of a value with blanks, escapes and doubled names as no encoder of ours would put them."""
+        if not isinstance(value, dict):
+            return json.dumps(value, ensure_ascii=chance.random() < 0.5, separators=chance.choice(((",", ":"), (" , ", ": ")))).encode()
+        blank = lambda: chance.choice(("", "", " ", "\n\t", " \r\n")).encode()
+        names = list(value) + chance.choices(list(value), k=chance.randrange(2)) if value else []
+        members = [blank() + json.dumps(name, ensure_ascii=chance.random() < 0.5).encode() + blank() + b":" + blank() + LargeBodies.written(value[name], chance) + blank()
+                   for name in names]
+        return blank() + b"{" + b",".join(members) + blank() + b"}" + blank()
+
+    def test_values_and_errors_are_the_decoders_and_spans_show_the_members(self):
+        chance, whole = random.Random(46), 0
+        for _ in range(600):
+            value = random_json(chance)
+            value = {**value, "messages": [random_json(chance), "\u00fc" * chance.randrange(3)]} if isinstance(value, dict) else value
+            value = json.loads(json.dumps(value).encode("ascii", "replace").replace(b"\\ud83d", b"?"))
+            raw = self.written(value, chance)
+            if chance.random() < 0.3:
+                cut = chance.randrange(len(raw) + 1)
+                raw = raw[:cut] + chance.choice((b"", b",", b"}", b"\xff", b"NaN", b'"', b"1e999")) + raw[cut + chance.randrange(3):]
+            if chance.random() < 0.1:
+                raw = b"\xef\xbb\xbf" + raw
+            outcomes = []
+            for read in (lambda: cp.parse_json(raw), lambda: cp.parse_body(raw).value):
+                try:
+                    outcomes.append(read())
+                except cp.ClientError as error:
+                    outcomes.append(error.message)
+            self.assertEqual(outcomes[0], outcomes[1], raw)
+            if isinstance(outcomes[0], str):
+                continue
+            for name, (start, end) in cp.parse_body(raw).spans.items():
+                whole += 1
+                self.assertEqual(outcomes[0][name], json.loads(raw[start:end]), raw)
+        self.assertGreater(whole, 300)
+
+    def test_a_spliced_body_is_the_edited_one(self):
+        chance = random.Random(47)
+        for _ in range(300):
+            value = {"model": "m", "messages": [random_json(chance)], "n": random_json(chance), "tools": [random_json(chance)]}
+            value = json.loads(json.dumps(value).replace("\\ud83d", "?"))
+            raw = self.written(value, chance)
+            body = dict(cp.parse_body(raw).value)
+            body.pop("n")
+            body.update(model="other", stream_options={"include_usage": True})
+            self.assertEqual(json.dumps(body), json.dumps(json.loads(cp.spliced(raw, cp.parse_body(raw).spans, body))))
+
+    def test_few_foreign_letters_are_written_as_ascii(self):
+        for text, as_ascii in (("a" * 1000, True), ("a" * 1000 + "\u00fc" * 5, True), ("a" * 1000 + "\u00fc" * 9, False), ("\u4f60" * 9, False)):
+            with self.subTest(text[-9:]):
+                self.assertEqual(as_ascii, cp.parse_body(cp.dump_json({"messages": text})).as_ascii)
+
+
 class Heads(unittest.TestCase):
     # speed.md 7
     REFUSED = {
@@ -8804,7 +8866,7 @@ def edited(body: Json, dialect: str, stream: bool, provider: str = "copilot", mo
     record = next((record for record in CATALOGUE if record["id"] == model), SHORT_ANSWERS)
     plan = cp.Plan(dialect, upstream_dialect=dialect, stream=stream, provider=provider, model=model, record=record)
     body = copy.deepcopy(body)
-    changed = cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+    changed = cp.edit_request(body, plan, cp.quirks_for(plan))
     return body, changed, plan
 
 
@@ -8850,7 +8912,7 @@ class RequestEdits(unittest.TestCase):
     def test_every_quirk_has_its_rows_in_every_dialect(self):
         self.assertEqual({(quirk.name, dialect) for quirk in cp.QUIRKS if quirk.request for dialect in quirk.dialects}, {(row[0], row[1]) for row in EDITS})
 
-    def test_rows_raise_nothing_and_signs_and_needles_hide_no_edit(self):
+    def test_rows_raise_nothing_and_signs_hide_no_edit(self):
         """Random damage to rich bodies: what is edited is what every row by itself would edit, and once is enough."""
         chance = random.Random(41)
         for _ in range(1500):
@@ -8869,6 +8931,20 @@ class RequestEdits(unittest.TestCase):
             with self.subTest(dialect, body=body):
                 self.assertEqual(cp.dump_json(alone), cp.dump_json(once))
                 self.assertEqual((once, False), edited(once, dialect, True, model=model)[:2])
+
+    def test_edits_outside_leave_the_conversation(self):
+        """Large bodies are sent with their conversation as it came where only these edits were made."""
+        chance, seen = random.Random(48), set()
+        bodies = [(edit.dialect, edit.model, {**RICH[edit.dialect][1], "stream": edit.stream, **edit.sent}) for edit in EDITS]
+        for dialect, model, body in bodies + [(dialect, OPUS, mutated(RICH[dialect][1], chance)) for dialect in RICH if dialect != cp.GEMINI for _ in range(100)]:
+            plan = cp.Plan(dialect, upstream_dialect=dialect, stream=body.get("stream") is True, road="pass-through", provider="copilot", model=model or OPUS, record=SHORT_ANSWERS)
+            for quirk in cp.quirks_for(plan):
+                if quirk.request is not None and quirk.name in cp.OUTSIDE_EDITS:
+                    after = copy.deepcopy(body)
+                    if quirk.request(after, plan):
+                        seen.add(quirk.name)
+                        self.assertEqual(*({name: member for name, member in one.items() if name in cp.CONVERSATION} for one in (body, after)), quirk.name)
+        self.assertEqual(cp.OUTSIDE_EDITS - {"model"}, seen)
 
     def test_odd_tools_raise_nothing(self):
         chance = random.Random(37)
@@ -8894,7 +8970,7 @@ class ToolRows(unittest.TestCase):
         plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
         body = copy.deepcopy(body)
         for changed in (True, False):
-            self.assertEqual(changed, cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan)))
+            self.assertEqual(changed, cp.edit_request(body, plan, cp.quirks_for(plan)))
         return body, plan
 
     def test_what_is_set_aside_is_named_once_and_shortly(self):
@@ -8973,7 +9049,7 @@ class ToolRows(unittest.TestCase):
         plan = cp.Plan(cp.RESPONSES, upstream_dialect=cp.CHAT, road="translated")
         wire = plan.names.shorten("list", "github")
         body = {"tools": [wire_tool(cp.CHAT, f"Own{n}") for n in range(128)] + [wire_tool(cp.CHAT, wire)]}
-        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        cp.edit_request(body, plan, cp.quirks_for(plan))
         self.assertEqual(["tool:github.list"], plan.dropped)
 
     def test_speed_is_named(self):
@@ -9062,7 +9138,7 @@ class ToolRows(unittest.TestCase):
             dialect = chance.choice(DIALECTS_SERVED)
             body = {"tools": [wire_tool(dialect, "f", odd(5))]}
             plan = cp.Plan(dialect, upstream_dialect=dialect, model=chance.choice(("gpt-5", "gemini-3-flash")))
-            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+            cp.edit_request(body, plan, cp.quirks_for(plan))
             ask = asked_upstream(dialect, body, plan.model if dialect == cp.CHAT else "")
             self.assertFalse(bad_tool_schema(ask), body)
             self.assertFalse(cp.mend_tool_schemas(body, plan), body)
@@ -9153,7 +9229,7 @@ class ToolRows(unittest.TestCase):
         plan = cp.Plan(cp.MESSAGES, upstream_dialect=cp.MESSAGES)
         for _ in range(2):
             body = {"tools": crowd(cp.MESSAGES, range(129)), "speed": "fast", **wire_images(cp.MESSAGES, png_url(9000, 9))}
-            cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+            cp.edit_request(body, plan, cp.quirks_for(plan))
         self.assertEqual(["field:speed", "tool:mcp__s__t128", "image:1"], plan.dropped)
 
     def test_nothing_is_restored_where_nothing_was_renamed(self):
@@ -9168,7 +9244,7 @@ class PictureRows(unittest.TestCase):
     def told(self, dialect: str, body: Json, **plan: Any) -> Tuple[Json, cp.Plan]:
         plan = cp.Plan(dialect, upstream_dialect=dialect, **plan)
         plan.caller.vision = True
-        cp.edit_request(body, cp.dump_json(body), plan, cp.quirks_for(plan))
+        cp.edit_request(body, plan, cp.quirks_for(plan))
         return body, plan
 
     def record(self, **vision: Any) -> Json:
@@ -10315,6 +10391,16 @@ class Ids(unittest.TestCase):
     def test_text_is_hashed_as_javascript_writes_it(self):
         body = said({"role": "user", "content": [{"type": "text", "text": "ü\u2028\"\n"}]})
         self.assertEqual(identified(body).prompt_id, cp.uuid_of('[{"type":"text","text":"ü\u2028\\"\\n"}]'))
+
+    def test_pictures_are_hashed_whole_when_small_and_abridged_when_large(self):
+        def pictured(data: str) -> str:
+            return identified(turn_of({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}})).prompt_id
+        self.assertEqual(cp.uuid_of('[{"type":"image","source":{"type":"base64","media_type":"image/png","data":"AAAA"}}]'), pictured("AAAA"))
+        large = "A" * 100000
+        self.assertEqual(pictured(large), pictured(large))
+        self.assertEqual(4, len({pictured(other) for other in (large, large + "A", "B" + large[1:], large[1:] + "B")}))
+        with mock.patch.object(cp, "dump_json", side_effect=lambda value: self.assertLess(len(repr(value)), 5000) or b""):
+            pictured(large)
 
     def test_half_an_emoji_has_an_id_too(self):
         for content in ("\ud83d", [{"type": "text", "text": "\ud83d"}]):
@@ -14458,6 +14544,17 @@ class Untouched(RelayCase):
                     self.assertEqual(200, self.post(ASK[dialect][0], sent).status)
                     self.assertEqual(sent, self.upstream.seen(UPSTREAM_PATHS[dialect])[-1].raw)
 
+    def test_a_large_conversation_nobody_edits_is_sent_as_it_came(self):
+        said = '[ {"content":"%s \\u00fc\u00fc","role":"user"} ]' % ("word " * 20000)
+        for more, kept in (('"n": 1', True), ('"n": 1, "tools": [{"type":"function","function":{"name":"%s"}}]' % ("f" * 99), False)):
+            sent = '{"stream" : true, "messages": %s, %s, "model":"gpt-4o"}' % (said, more)
+            with self.subTest(kept):
+                self.assertEqual(200, self.post(ASK[cp.CHAT][0], sent.encode()).status)
+                got = self.upstream.seen(CHAT_PATH)[-1]
+                self.assertEqual(kept, said.encode() in got.raw)
+                self.assertEqual([*json.loads(sent), "stream_options"], [*json.loads(got.raw)])
+                self.assertEqual(json.loads(said), json.loads(got.raw)["messages"])
+
     def test_an_edited_request_differs_in_its_rows_only(self):
         """Every row of EDITS through the whole gateway: upstream accepts it, and gets what the client sent but for that row."""
         self.upstream.switch(signatures_checked=False, responses_bound_ids=False)  # state is made up here
@@ -15694,7 +15791,7 @@ class ServerSlowClients(ServerCase):
     def test_a_body_that_stops_is_408_in_the_dialect(self):
         clients = {dialect: self.client() for dialect in ASK}
         for dialect, client in clients.items():
-            client.request("POST", ASK[dialect][0], None, {"Content-Length": "100"})
+            client.request("POST", ASK[dialect][0], None, {"Content-Length": "100" if dialect == cp.CHAT else "100000"})
             client.send(b'{"model"')
         for dialect, client in clients.items():
             with self.subTest(dialect):
@@ -15708,6 +15805,24 @@ class ServerSlowClients(ServerCase):
             client.send(raw[at:at + 10])
             time.sleep(0.05)
         self.assertEqual(client.reply().status, 200)
+
+
+    def test_a_large_body_is_read_to_its_end_and_no_further(self):
+        client, requests = self.client(), []
+        for size in (70000, 300000):
+            path, body = asking(cp.CHAT, messages=[{"role": "user", "content": "a" * size}])
+            raw = dumps(body).encode()
+            requests.append(head_of("Content-Length: %d" % len(raw), first=f"POST {path} HTTP/1.1") + raw)
+        client.send(b"".join(requests) + head_of(first="GET /v1/models/gpt-4o HTTP/1.1"))
+        self.assertEqual(["chat.completion", "chat.completion", "model"], [client.reply().json["object"] for _ in range(3)])
+        self.assertEqual([70000, 300000], [len(seen.body["messages"][0]["content"]) for seen in self.upstream.seen(CHAT_PATH)[-2:]])
+
+    def test_a_client_that_leaves_in_its_large_body_is_no_error(self):
+        client = self.client()
+        client.request("POST", ASK[cp.CHAT][0], None, {"Content-Length": "100000"})
+        client.send(b'{"model"')
+        client.close()
+        wait_until(lambda: "client_gone" in [row["outcome"] for row in self.gateway.rows("requests")])
 
 
 class ServerIdle(ServerCase):
