@@ -21042,8 +21042,10 @@ def bare_start_ms(bench: Bench, subject: Subject) -> Optional[float]:
 
 
 def idle_mb(as_module: bool) -> Callable[[Bench, Subject], Optional[float]]:
-    """Resident memory of a gateway that has signed in and answered once."""
+    """Resident memory of a gateway that has signed in and answered once; of nginx and peers as they are."""
     def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        if subject in bench.subjects()[1:]:
+            return rss_mb(subject.pid) if subject.pid else None
         process, port = bench.start_gateway(as_module)
         wait_for_port(port, process)
         own = Subject("idle", port, process.pid, True)
@@ -21468,7 +21470,7 @@ MEASURES = list(itertools.starmap(Measure, [
     ("start of a bare interpreter",              "ms",  None, None, False, bare_start_ms),
     ("start to first answer, -m",                "ms",  110,  None, False, start_ms(as_module=True)),
     ("start to first answer, script",            "ms",  260,  None, False, start_ms(as_module=False)),
-    ("idle RSS, -m",                             "MB",   32,  None, False, idle_mb(as_module=True)),
+    ("idle RSS, -m",                             "MB",   32,  None, True,  idle_mb(as_module=True)),
     ("idle RSS, script",                         "MB",   60,  None, False, idle_mb(as_module=False)),
     ("1,000 slow streams, not complete",         "",      0,  None, True,  slow_incomplete),
     ("1,000 slow streams, peak RSS, -m",         "MB",   90,  None, True,  slow_mb),
@@ -21610,7 +21612,10 @@ def bench(args: Sequence[str]) -> int:
     python = "%d.%d.%d" % sys.version_info[:3]
     with Bench(options.quick, options.vs, options.upstream_port) as run:
         print(f"Python {python}, {os.cpu_count()} cores; upstream at {run.upstream_url}", flush=True)
-        rows = scaling(run) if options.names == ["scaling"] else bench_rows(run, options.names)
+        names = [name for name in options.names if name != "scaling"]
+        rows = bench_rows(run, names) if names or not options.names else []
+        if names != options.names:
+            rows += scaling(run)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([{**row, "python": python} for row in rows], file, indent=1)
@@ -21625,7 +21630,8 @@ def bench_rows(run: Bench, names: Sequence[str]) -> List[Json]:
             values = taken(run, measure)
             row, note = bench_line(measure, values)
             print(row, flush=True)
-            rows.append({"measure": measure.name, "unit": measure.unit, "value": values.get("gateway"), "note": note})
+            value = values.pop("gateway", None)
+            rows.append({"measure": measure.name, "unit": measure.unit, "value": value, "beside": values, "note": note})
     return rows
 
 
@@ -21714,6 +21720,17 @@ class BenchWorks(unittest.TestCase):
         self.assertIn("http://127.0.0.1:1: [Errno", printed.getvalue())
         with self.assertRaises(OSError):
             tried(peer._replace(name="gateway"), lambda: connect_to(peer))
+
+    def test_rows_have_the_gateway_and_what_stands_beside_it(self):
+        gateway, peer = self.direct._replace(name="gateway"), self.direct._replace(name="http://x:1")
+        run, figure = self.bench(), Measure("it", "ms", 2, None, True, lambda run, subject: len(subject.name))
+        run.subjects = lambda: [gateway, self.direct._replace(name="nginx"), peer]
+        with mock.patch.object(sys.modules[__name__], "MEASURES", [figure, figure._replace(name="other")]), \
+                contextlib.redirect_stdout(io.StringIO()) as printed:
+            rows = bench_rows(run, ["IT"])
+        self.assertEqual([{"measure": "it", "unit": "ms", "value": 7, "beside": {"nginx": 5, "http://x:1": 10},
+                           "note": "MISSED <= 2; nginx 5; http://x:1 10"}], rows)
+        self.assertRegex(printed.getvalue(), r"^it +7 ms +MISSED <= 2 +nginx 5; http://x:1 10 \(x 1.4\)\n$")
 
     def test_scaling_prints_a_table_and_gives_rows(self):
         here, printed = sys.modules[__name__], io.StringIO()
