@@ -20468,6 +20468,7 @@ class AnthropicSdkTest(SdkCase):
 BENCH_ROUNDS = 3
 EVENT_STAMP = re.compile(rb"@(\d{20})")
 BENCH_CLIENTS = {"Chat": CHAT_PATH, "Responses": RESPONSES_PATH, "Messages": MESSAGES_PATH, "Gemini": GEMINI_STREAM_PATH}
+BENCH_DIALECTS = {"Chat": cp.CHAT, "Responses": cp.RESPONSES, "Messages": cp.MESSAGES, "Gemini": cp.GEMINI}
 BENCH_ONLY = {CHAT_PATH: "only-chat", RESPONSES_PATH: "only-responses", MESSAGES_PATH: "only-messages"}  # models of one dialect
 BENCH_ODD = "claude-odd"  # Chat chunks without `object` and `finish_reason`, Responses events under ids that all differ
 SILENT = "silent"
@@ -21192,29 +21193,61 @@ def request_ms(client: str, upstream: str) -> Callable[[Bench, Subject], Optiona
     return measure
 
 
-def answer_added_ms(client: str, upstream: str, model: str, make: Callable[[str], cp.Request]) -> Callable[[Bench, Subject], Optional[float]]:
-    """Milliseconds that the subject adds from the first byte of a large request to the last of its answer, less the same asked of upstream."""
-    def measure(bench: Bench, subject: Subject) -> Optional[float]:
-        asked = make(model)
+class LargeWork(NamedTuple):
+    """A large request of a client dialect, and the upstream dialect that it is asked in without a subject."""
+    client: str
+    upstream: str
+    model: str
+    make: Callable[[str], cp.Request]
 
-        def route(target: Subject, dialect: str) -> Tuple[socket.socket, Callable[[], float]]:
-            sent = without_thinking(asked) if dialect == "Chat" else asked
-            body = cp.dump_json(cp.CODECS[BENCH_DIALECTS[dialect]].encode_request(sent))
-            request, sock = post_bytes(target, BENCH_CLIENTS[dialect], model, body), connect_to(target)
-            return sock, lambda: asking_often(target, request, 1)(sock)[0]
-        (far, through), (near, direct) = route(subject, client), route(bench.upstream, upstream)
-        with far, near:
-            direct()
-            size = bench.seen()["size"]
-            try:
-                through()
-            except AssertionError:
-                if subject.name == "gateway":
-                    raise
-                return None
-            if not 0.8 < bench.seen()["size"] / size < 1.2:
-                raise AssertionError(f"{subject.name} sent {bench.seen()['size']} of {size} bytes")
-            return added_ms(through, direct, 10 if bench.quick else 40)
+    def act(self, target: Subject, dialect: str) -> Act:
+        asked = self.make(self.model)
+        sent = without_thinking(asked) if dialect == "Chat" else asked
+        body = cp.dump_json(cp.CODECS[BENCH_DIALECTS[dialect]].encode_request(sent))
+        return asking_often(target, post_bytes(target, BENCH_CLIENTS[dialect], self.model, body), 1)
+
+
+IMAGES = {client: LargeWork(client, client, "full", image_request) for client in ("Chat", "Messages")}
+HISTORY = {"Chat": LargeWork("Chat", "Chat", "full", history), "Messages": LargeWork("Messages", "Chat", BENCH_ONLY[CHAT_PATH], history)}
+
+
+def large_acts(bench: Bench, subject: Subject, work: LargeWork) -> Optional[Tuple[Act, Act]]:
+    """The work through the subject, and with upstream alone; None where the subject refuses it."""
+    through, direct = work.act(subject, work.client), work.act(bench.upstream, work.upstream)
+    with connect_to(subject) as far, connect_to(bench.upstream) as near:
+        direct(near)
+        size = bench.seen()["size"]
+        try:
+            through(far)
+        except AssertionError:
+            if subject.name == "gateway":
+                raise
+            return None
+        arrived = bench.seen()["size"]
+        if not 0.8 < arrived / size < 1.2:
+            raise AssertionError(f"{subject.name} sent {arrived} of {size} bytes")
+    return through, direct
+
+
+def answer_added_ms(work: LargeWork) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds from the first byte of a large request to the last of its answer, less those without the subject."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        acts = large_acts(bench, subject, work)
+        if acts is None:
+            return None
+        through, direct = acts
+        with connect_to(subject) as far, connect_to(bench.upstream) as near:
+            return added_ms(lambda: through(far)[0], lambda: direct(near)[0], 10 if bench.quick else 40)
+    return measure
+
+
+def answer_cpu_ms(work: LargeWork) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds of the subject's CPU per large request."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        acts, times = large_acts(bench, subject, work), 10 if bench.quick else 40
+        if acts is None or not subject.pid:
+            return None
+        return at_once(subject, 1, acts[0], lambda sock: [acts[0](sock)[0] for _ in range(times)], times).cpu_us / 1000
     return measure
 
 
@@ -21329,36 +21362,43 @@ def counted_ms(bench: Bench, subject: Subject) -> Optional[float]:
         return None
 
 
+SETTLE_S = 0.03, 0.1  # before and after a time in which waits without counting are looked at
+
+
 def extra_wait_ms(bench: Bench, subject: Subject) -> Dict[str, float]:
-    """How much longer the longest wait of an event in 32 streams is while the gateway counts than in as long pauses between the counts."""
+    """How much longer the longest wait of an event in 32 streams is while the gateway counts than in as long times between the counts."""
     gateway = bench.subjects()[0]
-    acts, spans, over = counting_acts(gateway), ([], []), threading.Event()
+    acts, spans, over = counting_acts(gateway), [], threading.Event()
 
     def count() -> None:
         with connect_to(gateway) as sock:
             for act in itertools.cycle(acts):
                 begun = time.monotonic_ns()
                 act(sock)
-                ended = time.monotonic_ns()
-                spans[0].append((begun, ended))
-                if over.wait(0.03):
+                spans.append((begun, time.monotonic_ns()))
+                if over.wait(sum(SETTLE_S) + (spans[-1][1] - begun) / 1e9):
                     return
-                paused = time.monotonic_ns()
-                over.wait((ended - begun) / 1e9)
-                spans[1].append((paused, time.monotonic_ns()))
     counting = threading.Thread(target=count)
     try:
         events = read_paced(gateway, 32, 100, 2 if bench.quick else 8, counting.start)
     finally:
         over.set()
         counting.join()
-    beside, between = (longest_ms(events, one) for one in spans)
-    return {"gateway": beside - between, "while it counts": beside, "while not": between}
+    beside, between = waits_ms(events, spans)
+    return {"gateway": max(beside) - max(between), "counting": max(beside), "pausing": max(between),
+            "counting p50": statistics.median(beside), "pausing p50": statistics.median(between)}
 
 
-def longest_ms(events: Iterable[Lonely], spans: Sequence[Tuple[int, int]]) -> float:
-    """The longest wait of those events that waited in one of the spans."""
-    return max((event.late_ms for event in events if any(begun <= event.read and event.written <= ended for begun, ended in spans)), default=0.0)
+def waits_ms(events: Sequence[Lonely], spans: Sequence[Tuple[int, int]]) -> Tuple[List[float], List[float]]:
+    """The longest wait beside each span, and in a time as long that follows it. Raises AssertionError without spans."""
+    if not spans:
+        raise AssertionError("nothing was counted")
+    beside, between = [], []
+    for begun, ended in spans:
+        later = ended + round(SETTLE_S[0] * 1e9)
+        beside.append(max([event.late_ms for event in events if begun <= event.read and event.written <= ended], default=0.0))
+        between.append(max([event.late_ms for event in events if later <= event.written <= later + ended - begun], default=0.0))
+    return beside, between
 
 
 class SlowStreams(NamedTuple):
@@ -21461,7 +21501,6 @@ class Measure(NamedTuple):
     calm: Optional[float] = None
 
 
-BENCH_DIALECTS = {"Chat": cp.CHAT, "Responses": cp.RESPONSES, "Messages": cp.MESSAGES, "Gemini": cp.GEMINI}
 BENCH_PAIRS = [(client, upstream) for client in BENCH_CLIENTS for upstream in ("Chat", "Responses", "Messages") if client != upstream]
 PAIR_TARGETS = {("Messages", "Chat"): 9, ("Messages", "Responses"): 8}
 # The targets are those of issue 6's table; a row without one explains another.
@@ -21492,10 +21531,13 @@ MEASURES = list(itertools.starmap(Measure, [
     *[(f"{client} client -> {upstream}, CPU per delta", "us", PAIR_TARGETS.get((client, upstream), 10), None, True,
        full_speed_us(BENCH_CLIENTS[client], 1, BENCH_ONLY[BENCH_CLIENTS[upstream]])) for client, upstream in BENCH_PAIRS],
     ("20 clients leave, upstream's last end",    "ms", 1000,  None, True,  left_ms),
-    ("5 MB of images, Chat, added p50",          "ms",   16,  None, True,  answer_added_ms("Chat", "Chat", "full", image_request)),
-    ("5 MB of images, Messages, added p50",      "ms",   16,  None, True,  answer_added_ms("Messages", "Messages", "full", image_request)),
-    ("200k history, Chat -> Chat, added p50",    "ms",    4,  None, True,  answer_added_ms("Chat", "Chat", "full", history)),
-    ("200k history, Messages -> Chat, added p50", "ms",  10,  None, True,  answer_added_ms("Messages", "Chat", "only-chat", history)),
+    ("5 MB of images, Chat, added p50",          "ms",   16,  None, True,  answer_added_ms(IMAGES["Chat"])),
+    ("5 MB of images, Messages, added p50",      "ms",   16,  None, True,  answer_added_ms(IMAGES["Messages"])),
+    ("5 MB of images, Chat, CPU",                "ms",  None, None, True,  answer_cpu_ms(IMAGES["Chat"])),
+    ("200k history, Chat -> Chat, added p50",    "ms",    4,  None, True,  answer_added_ms(HISTORY["Chat"])),
+    ("200k history, Chat -> Chat, CPU",          "ms",  None, None, True,  answer_cpu_ms(HISTORY["Chat"])),
+    ("200k history, Messages -> Chat, added p50", "ms",  10,  None, True,  answer_added_ms(HISTORY["Messages"])),
+    ("200k history, Messages -> Chat, CPU",      "ms",  None, None, True,  answer_cpu_ms(HISTORY["Messages"])),
     *[(f"{client} client -> {upstream}, 200k request", "ms", None, None, False,
        request_ms(BENCH_DIALECTS[client], BENCH_DIALECTS[upstream])) for client, upstream in BENCH_PAIRS],
     ("count_tokens of 200k, p50",                "ms",   15,  None, True,  counted_ms),
@@ -21695,17 +21737,21 @@ class BenchWorks(unittest.TestCase):
             self.assertEqual(30, left_ms(unseen, self.direct))
 
     def test_a_large_request_must_arrive_whole(self):
-        added, run = answer_added_ms("Chat", "Chat", "full", history), self.bench()
+        added, run = answer_added_ms(HISTORY["Chat"]), self.bench()
         self.assertLess(abs(added(run, self.direct)), 500)
-        sizes = iter([100, 50, 50])
+        self.assertGreater(answer_cpu_ms(HISTORY["Chat"])(run, self.direct), 0)
+        sizes = iter([100, 50])
         run.seen = lambda: {"size": next(sizes)}
         with self.assertRaisesRegex(AssertionError, "sent 50 of 100 bytes"):
             added(run, self.direct)
 
     def test_only_waits_beside_a_count_belong_to_it(self):
-        events = [Lonely(0, 5_000_000), Lonely(7_000_000, 8_000_000), Lonely(9_000_000, 29_000_000)]
-        self.assertEqual([5, 1, 20, 20, 0], [longest_ms(events, [span]) for span in (
-            (4_000_000, 6_000_000), (6_000_000, 8_500_000), (8_500_000, 10_000_000), (12_000_000, 13_000_000), (5_500_000, 6_000_000))])
+        ms = 1_000_000
+        events = [Lonely(at * ms, read * ms) for at, read in ((0, 5), (7, 8), (9, 29), (39, 44), (66, 67))]
+        spans = [(begun * ms, ended * ms) for begun, ended in ((4, 6), (6, 8), (8, 10), (30, 35))]
+        self.assertEqual(([5, 1, 20, 0], [0, 5, 0, 1]), waits_ms(events, spans))
+        with self.assertRaisesRegex(AssertionError, "nothing was counted"):
+            waits_ms(events, [])
 
     def test_verdicts_need_a_calm_machine_where_the_table_says_so(self):
         row = Measure("p99", "ms", 5, 2.2, True, lambda run, subject: None, 2)
