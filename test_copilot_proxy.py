@@ -3,7 +3,9 @@
 
     python test_copilot_proxy.py                     # everything; the last line is `N passed, N failed`
     python test_copilot_proxy.py NAME...             # classes or tests whose name contains NAME
-    python test_copilot_proxy.py bench [tokens] ...  # measure; see `bench --help`
+    python test_copilot_proxy.py bench [NAME...]     # the speed table; see `bench --help`
+    python test_copilot_proxy.py bench scaling       # the same work for 1 to 64 clients, nginx beside it
+    python test_copilot_proxy.py bench tokens        # estimates against real tokenizers
     python test_copilot_proxy.py conformance         # official SDKs and real clients, where they are installed
     python test_copilot_proxy.py upstream --port N   # the scripted upstream by hand
     python test_copilot_proxy.py soak [MINUTES]      # mixed traffic with faults and clients that leave; 30 minutes
@@ -20569,17 +20571,27 @@ class AnthropicSdkTest(SdkCase):
 # A subject (the gateway, nginx as plain proxy, a peer named by --vs) stands between a client in this process and a fast
 # upstream in another one; CPU is the subject's own, read from its CPU clock. Machines differ by 2 in system calls, so read
 # the ratio to nginx of the same run before the microseconds. Rows of one measure run interleaved; figures are medians.
-# A peer finds the upstream at --upstream-port; start it yourself, before.
+# A peer finds the upstream at --upstream-port and the models of BENCH_MODELS there; start it yourself, before. What it
+# refuses has no figure. `bench scaling` runs no rows but SCALING, for 1 to 64 clients.
+#
+# Client and upstream are Python too. Alone (so `bench scaling` calls them; Python 3.11, two cores, load 9) they reach
+# 45,000 whole answers/s (22 us each), 2 to 3.8 million events/s at full speed, and spend 50 us of CPU on a lonely event,
+# two thirds of it upstream's: 20,000 of these/s would fill a core. Units/s near that are theirs, not the subject's.
 #
 # To add a measure: a function (bench, subject) -> value or None, and a row of MEASURES.
 
 BENCH_ROUNDS = 3
 EVENT_STAMP = re.compile(rb"@(\d{20})")
 BENCH_CLIENTS = {"Chat": CHAT_PATH, "Responses": RESPONSES_PATH, "Messages": MESSAGES_PATH, "Gemini": GEMINI_STREAM_PATH}
+BENCH_DIALECTS = {"Chat": cp.CHAT, "Responses": cp.RESPONSES, "Messages": cp.MESSAGES, "Gemini": cp.GEMINI}
 BENCH_ONLY = {CHAT_PATH: "only-chat", RESPONSES_PATH: "only-responses", MESSAGES_PATH: "only-messages"}  # models of one dialect
-# model -> events per second of its streams, 0: as fast as it goes
 BENCH_ODD = "claude-odd"  # Chat chunks without `object` and `finish_reason`, Responses events under ids that all differ
-BENCH_MODELS = {"full": 0, "slow-2": 2, "paced-50": 50, "paced-100": 100, **dict.fromkeys(BENCH_ONLY.values(), 0), BENCH_ODD: 0}
+SILENT = "silent"
+# model -> events per second of its streams; 0: as fast as it goes, None: one event, and then nothing as long as the client stays
+BENCH_MODELS = {"full": 0, "slow-2": 2, "paced-50": 50, "paced-100": 100, SILENT: None, **dict.fromkeys(BENCH_ONLY.values(), 0), BENCH_ODD: 0}
+SLOW_MODEL, SLOW_EVENTS = "slow-2", 24  # of each of many slow streams: two events per second
+LARGE_BODY = 65536  # bytes
+BENCH_TOKEN = example("ghu", "", "bench")
 CHAT_ID = "chatcmpl-BhyjslTwN48eOEj3LT3jsieMDRgRl"
 CHAT_EVENT = dumps({"choices": [{"content_filter_results": {}, "delta": {"content": " word @%s"}, "finish_reason": None, "index": 0, "logprobs": None}],
                     "created": 1749821284, "id": CHAT_ID, "model": "gpt-4o-mini-2024-07-18",
@@ -20588,6 +20600,10 @@ RESPONSE_EVENT = dumps({"type": "response.output_text.delta", "content_index": 0
                         "obfuscation": "aB3dE5fG", "output_index": 0, "sequence_number": 1234})
 MESSAGE_EVENT = dumps({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": " word @%s"}})
 RESPONSE_SHELL = {"id": "resp_1", "object": "response", "created_at": 1749821284, "model": "full", "output": []}
+RESPONSE_ITEM = {"id": "msg_" + "0" * 60, "type": "message", "role": "assistant"}
+RESPONSE_PLACE = {"item_id": RESPONSE_ITEM["id"], "output_index": 0, "content_index": 0}
+RESPONSE_TEXT = {"type": "output_text", "text": " word", "annotations": [], "logprobs": []}  # not what the deltas say: nobody compares
+RESPONSE_DONE = {**RESPONSE_ITEM, "status": "completed", "content": [RESPONSE_TEXT]}
 MESSAGE_SHELL = {"id": "msg_1", "type": "message", "role": "assistant", "model": "full"}
 
 
@@ -20607,10 +20623,18 @@ BAKED = {
         dumps({"choices": [{"finish_reason": "stop", "index": 0, "message": {"content": "word " * 50, "role": "assistant"}}], "id": "chatcmpl-1",
                "usage": {"prompt_tokens": 9, "completion_tokens": 50, "total_tokens": 59}, "model": "full"}).encode()),
     RESPONSES_PATH: Baked(
-        sse({"type": "response.created", "response": {**RESPONSE_SHELL, "status": "in_progress"}}, "response.created"),
+        b"".join(sse({"type": name, **rest}, name) for name, rest in (
+            ("response.created", {"response": {**RESPONSE_SHELL, "status": "in_progress"}}),
+            ("response.output_item.added", {"output_index": 0, "item": {**RESPONSE_ITEM, "status": "in_progress", "content": []}}),
+            ("response.content_part.added", {**RESPONSE_PLACE, "part": {**RESPONSE_TEXT, "text": ""}}))),
         f"event: response.output_text.delta\ndata: {RESPONSE_EVENT}\n\n",
-        sse({"type": "response.completed", "response": {**RESPONSE_SHELL, "status": "completed", "usage": {"input_tokens": 9, "output_tokens": 9}}}, "response.completed"),
-        dumps({**RESPONSE_SHELL, "status": "completed"}).encode()),
+        b"".join(sse({"type": name, **rest}, name) for name, rest in (
+            ("response.output_text.done", {**RESPONSE_PLACE, "text": " word", "logprobs": []}),
+            ("response.content_part.done", {**RESPONSE_PLACE, "part": RESPONSE_TEXT}),
+            ("response.output_item.done", {"output_index": 0, "item": RESPONSE_DONE}),
+            ("response.completed", {"response": {**RESPONSE_SHELL, "status": "completed", "output": [RESPONSE_DONE],
+                                                 "usage": {"input_tokens": 9, "output_tokens": 9}}}))),
+        dumps({**RESPONSE_SHELL, "status": "completed", "output": [RESPONSE_DONE]}).encode()),
     MESSAGES_PATH: Baked(
         sse({"type": "message_start", "message": {**MESSAGE_SHELL, "content": [], "usage": {"input_tokens": 9, "output_tokens": 1}}}, "message_start")
         + sse({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}, "content_block_start"),
@@ -20632,18 +20656,29 @@ def odd_block(path: str) -> bytes:
         ids = [base64.b64encode(hashlib.sha512(b"%d" % number).digest() * 4).decode()[:400] for number in range(BLOCK_EVENTS)]
         return b"".join(chunk(event.replace("msg_" + "0" * 60, name).encode()) for name in ids)
     return chunk(f"data: {CLAUDE_EVENT}\n\n".encode() if path == CHAT_PATH else (BAKED[path].event % ("0" * 20)).encode()) * BLOCK_EVENTS
+
+
 CLIENT_PATHS = {CHAT_PATH: "/v1/chat/completions", RESPONSES_PATH: "/v1/responses", MESSAGES_PATH: "/v1/messages",
-                GEMINI_STREAM_PATH: GEMINI_STREAM_PATH}
+                COUNT_PATH: COUNT_PATH, GEMINI_STREAM_PATH: GEMINI_STREAM_PATH}
 
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def skimmed(raw: bytes) -> Json:
+    """What upstream heeds of a large body, found by search: parsing 5 MB takes as long as all that is measured. Asks for two events."""
+    model = re.compile(rb'"model"\s*:\s*"([^"]*)"').match(raw, raw.find(b'"model"'))
+    return {"model": model[1].decode(), "stream": b'"stream":true' in raw or b'"stream": true' in raw, "max_tokens": 2}
+
+
 # ---------------------------------------------------------------------------- the fast upstream, a process of its own
 
 class FastUpstream:
-    """Answers from baked bytes: each event a chunk of its own, BLOCK_EVENTS of them per write when not paced."""
+    """Answers from baked bytes: each event a chunk of its own, BLOCK_EVENTS of them per write when not paced.
+
+    GET /seen tells the bytes of the last body, and when (monotonic ns) the clients of SILENT left.
+    """
 
     def __init__(self, port: int) -> None:
         self.listener = socket.create_server(("127.0.0.1", port), backlog=1024)
@@ -20653,6 +20688,7 @@ class FastUpstream:
         self.due: List[Tuple[float, int, socket.socket, str, int, float, threading.Event]] = []
         self.ready = threading.Condition()
         self.numbers = itertools.count()
+        self.seen: Json = {"size": 0, "left_ns": []}
         threading.Thread(target=self.pace, daemon=True).start()
 
     def serve(self) -> None:
@@ -20670,12 +20706,23 @@ class FastUpstream:
                 head, _, data = data.partition(b"\r\n\r\n")
                 length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
                 size = int(length[1]) if length else 0
-                while len(data) < size:
-                    data += self.more(sock)
-                self.answer(sock, head.split(b" ", 2)[1].decode(), data[:size])
+                self.answer(sock, head.split(b" ", 2)[1].decode(), data[:size] if len(data) >= size else self.rest(sock, data, size))
                 data = data[size:]
         except (OSError, EOFError):
             sock.close()
+
+    @staticmethod
+    def rest(sock: socket.socket, begun: bytes, size: int) -> bytearray:
+        """A body of which so much has come."""
+        body, at = bytearray(size), len(begun)
+        body[:at] = begun
+        view = memoryview(body)
+        while at < size:
+            count = sock.recv_into(view[at:])
+            if not count:
+                raise EOFError
+            at += count
+        return body
 
     @staticmethod
     def more(sock: socket.socket) -> bytes:
@@ -20685,12 +20732,15 @@ class FastUpstream:
         return data
 
     def answer(self, sock: socket.socket, path: str, raw_body: bytes) -> None:
-        if path not in BAKED:
+        if path not in BAKED and path != COUNT_PATH:
             self.send_whole(sock, dumps(self.document(path)).encode())
             return
-        body = json.loads(raw_body)
-        if BENCH_ONLY[path] != body["model"] in BENCH_ONLY.values():
+        self.seen["size"] = len(raw_body)
+        body = json.loads(raw_body) if len(raw_body) < LARGE_BODY else skimmed(raw_body)
+        if BENCH_ONLY.get(path, BENCH_ONLY[MESSAGES_PATH]) != body["model"] in BENCH_ONLY.values():
             self.send_whole(sock, b'{"error":{"message":"the model does not speak this dialect"}}', b"400 Bad Request")
+        elif path == COUNT_PATH:
+            self.send_whole(sock, b'{"input_tokens":200000}')
         elif body.get("stream"):
             blocks = self.odd_blocks if body["model"] == BENCH_ODD else self.blocks
             self.send_stream(sock, path, body.get("max_tokens") or body.get("max_output_tokens"), BENCH_MODELS[body["model"]], blocks[path])
@@ -20705,14 +20755,17 @@ class FastUpstream:
         if path == "/copilot_internal/v2/token":
             expires = int(time.time()) + 86400
             return {"token": f"tid=1;exp={expires}", "expires_at": expires, "refresh_in": 80000, "endpoints": {"api": self.url}}
-        return {"login": "bench"}
+        return self.seen if path == "/seen" else {"login": "bench"}
 
     @staticmethod
     def send_whole(sock: socket.socket, body: bytes, status: bytes = b"200 OK") -> None:
         sock.sendall(b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
 
-    def send_stream(self, sock: socket.socket, path: str, events: int, per_second: int, block: bytes) -> None:
+    def send_stream(self, sock: socket.socket, path: str, events: int, per_second: Optional[int], block: bytes) -> None:
         head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + chunk(BAKED[path].head)
+        if per_second is None:
+            sock.sendall(head + block[:len(block) // BLOCK_EVENTS])
+            self.await_end(sock)
         if per_second:
             sock.sendall(head)
             finished = threading.Event()
@@ -20727,6 +20780,13 @@ class FastUpstream:
                 sock.sendall(block)
         sock.sendall(chunk(BAKED[path].tail) + b"0\r\n\r\n")
 
+    def await_end(self, sock: socket.socket) -> None:
+        """Notes when the other end closes or resets the connection; raises EOFError then."""
+        with contextlib.suppress(OSError):
+            sock.recv(1)
+        self.seen["left_ns"].append(time.monotonic_ns())
+        raise EOFError
+
     def pace(self) -> None:
         """Sends the events of all paced streams when each is due."""
         while True:
@@ -20734,7 +20794,9 @@ class FastUpstream:
                 while not self.due:
                     self.ready.wait()
                 at, number, sock, path, events, gap_s, finished = heapq.heappop(self.due)
-            time.sleep(max(0.0, at - time.monotonic()))
+            early_s = at - time.monotonic()
+            if early_s > 0:
+                time.sleep(early_s)
             try:
                 sock.sendall(chunk((BAKED[path].event % f"{time.monotonic_ns():020d}").encode()))
             except OSError:
@@ -20761,6 +20823,23 @@ def rss_mb(pid: int) -> float:
     """Resident memory of a process in MB."""
     text = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], stdout=subprocess.PIPE, encoding="ascii").stdout
     return int(text) / 1024
+
+
+class Vitals(NamedTuple):
+    """What a process holds; threads and descriptors are 0 where the system does not tell (macOS, Windows)."""
+    rss_mb: float
+    threads: int
+    descriptors: int
+
+    def __str__(self) -> str:
+        return f"RSS {self.rss_mb:.1f} MB, {self.threads} threads, {self.descriptors} descriptors"
+
+
+def vitals(pid: int) -> Vitals:
+    try:
+        return Vitals(rss_mb(pid), *(len(os.listdir(f"/proc/{pid}/{kind}")) for kind in ("task", "fd")))
+    except OSError:
+        return Vitals(rss_mb(pid), 0, 0)
 
 
 def wait_for_port(port: int, process: subprocess.Popen, timeout_s: float = 20.0) -> None:
@@ -20797,7 +20876,10 @@ class Bench:
         self.rounds = 1 if quick else BENCH_ROUNDS
         self.home = tempfile.mkdtemp(prefix="copilot-proxy-bench-")
         self.processes: List[subprocess.Popen] = []
+        self.slow: Dict[str, SlowStreams] = {}  # by subject, for the rows that look at the same run
         self.module = shutil.copy(MODULE, self.home)
+        py_compile.compile(self.module)  # else the first start compiles, and keeps 40 MB of syntax tree
+        cp.raise_file_limit()
         upstream = self.spawn([sys.executable, os.path.abspath(__file__), "bench", "--upstream", str(upstream_port)], stdout=subprocess.PIPE)
         self.upstream_url = upstream.stdout.readline().decode().strip()
         self.upstream = Subject("upstream", int(self.upstream_url.rpartition(":")[2]), 0, False)
@@ -20834,7 +20916,7 @@ class Bench:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         env.update(HOME=self.home, COPILOT_API_HOME=os.path.join(self.home, "data"), COPILOT_API_GITHUB_URL=self.upstream_url,
                    COPILOT_API_GITHUB_API_URL=self.upstream_url)
-        command = [sys.executable, *how, "start", "--port", str(port), "--github-token", example("ghu", "", "bench")]
+        command = [sys.executable, *how, "start", "--port", str(port), "--github-token", BENCH_TOKEN]
         return self.spawn(command, cwd=self.home, env=env), port
 
     def gateway(self) -> Subject:
@@ -20871,13 +20953,17 @@ class Bench:
             self._subjects = [self.gateway(), *([nginx] if nginx else []), *self.peers]
         return self._subjects
 
+    def seen(self) -> Json:
+        """What upstream has seen; see FastUpstream."""
+        return json.loads(talk(self.upstream, b"GET /seen HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").partition(b"\r\n\r\n")[2])
+
 
 NGINX_CONF = """\
 daemon off; master_process off; pid %(folder)s/pid; error_log %(folder)s/error.log crit;
 events { worker_connections 4096; }
 http {
   access_log off; client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy; fastcgi_temp_path %(folder)s/f;
-  uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s; keepalive_requests 1000000; client_max_body_size 100m;
+  uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s; keepalive_requests 1000000; client_max_body_size 100m; client_body_buffer_size 16m;
   upstream fast { server 127.0.0.1:%(upstream)d; keepalive 256; keepalive_requests 1000000; }
   server {
     listen 127.0.0.1:%(port)d backlog=1024; tcp_nodelay on;
@@ -20899,7 +20985,11 @@ def request_bytes(subject: Subject, path: str, model: str, events: int) -> bytes
     asked = {"model": model, **said, length: events or 100, **({"stream": True} if events else {}), **extra}
     if path == GEMINI_STREAM_PATH:
         asked = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}], "generationConfig": {"maxOutputTokens": events}}
-    body = dumps(asked).encode()
+    return post_bytes(subject, path, model, dumps(asked).encode())
+
+
+def post_bytes(subject: Subject, path: str, model: str, body: bytes) -> bytes:
+    """A request with a body, at the subject's path for upstream's."""
     where = CLIENT_PATHS[path].format(model) if subject.prefix else path
     lines = [f"POST {where} HTTP/1.1", "Host: 127.0.0.1", "User-Agent: bench/1", "Accept: */*", "Authorization: Bearer any",
              "anthropic-version: 2023-06-01", "Content-Type: application/json", f"Content-Length: {len(body)}"]
@@ -20939,6 +21029,18 @@ def talk(subject: Subject, request: bytes) -> bytes:
         return read_answer(sock)
 
 
+def read_stream(sock: socket.socket, buffer: bytearray) -> int:
+    """How many events a chunked answer has, read to its end. No more is done with them: this client must outrun what it measures."""
+    tail, events = b"", 0
+    while not tail.endswith(b"0\r\n\r\n"):
+        size = sock.recv_into(buffer)
+        if not size:
+            raise EOFError("the answer broke off")
+        events += buffer.count(b"data: ", 0, size)  # a read's end may cut the mark
+        tail = tail[-8:] + buffer[max(0, size - 8):size]
+    return events
+
+
 def in_parallel(count: int, act: Callable[[], None]) -> None:
     """Runs an act on that many threads; raises what one of them raised."""
     failures: List[BaseException] = []
@@ -20954,7 +21056,76 @@ def in_parallel(count: int, act: Callable[[], None]) -> None:
     for thread in threads:
         thread.join()
     if failures:
-        raise failures[0]
+        raise min(failures, key=lambda failure: isinstance(failure, threading.BrokenBarrierError))  # those are of the others
+
+
+Act = Callable[[socket.socket], List[float]]  # on a connection; milliseconds of each exchange
+
+
+def asking_often(subject: Subject, request: bytes, times: int) -> Act:
+    """So many whole answers one after the other."""
+    def act(sock: socket.socket) -> List[float]:
+        found = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            sock.sendall(request)
+            if b" 200 " not in read_answer(sock)[:20]:
+                raise AssertionError(f"{subject.name} refused")
+            found.append((time.perf_counter() - begun) * 1000)
+        return found
+    return act
+
+
+def streaming_often(subject: Subject, request: bytes, events: int, times: int) -> Act:
+    """So many streams one after the other, each of so many events."""
+    def act(sock: socket.socket) -> List[float]:
+        found, buffer = [], bytearray(1 << 18)
+        for _ in range(times):
+            begun = time.perf_counter()
+            sock.sendall(request)
+            if read_stream(sock, buffer) < 0.99 * events:
+                raise AssertionError(f"{subject.name} lost events")
+            found.append((time.perf_counter() - begun) * 1000)
+        return found
+    return act
+
+
+class Figures(NamedTuple):
+    """Of a unit: a whole answer, or an event. Latency is an answer's, a stream's, or a lonely event's."""
+    cpu_us: Optional[float]  # of the subject; None where it cannot be read
+    p50_ms: float
+    p99_ms: float
+    per_s: float
+
+
+def figures(subject: Subject, cpu: float, seconds: float, times_ms: Iterable[float], units: int) -> Figures:
+    ranked = sorted(times_ms)
+    return Figures(cpu / units * 1e6 if subject.pid else None, ranked[len(ranked) // 2], ranked[int(len(ranked) * 0.99)], units / seconds)
+
+
+def cpu_of(subject: Subject) -> float:
+    return cpu_s(subject.pid) if subject.pid else 0.0
+
+
+def at_once(subject: Subject, clients: int, warm: Act, act: Act, units: int) -> Figures:
+    """What so many clients see and cost, all at once, on connections that they keep; what warms them up does not count."""
+    marks: List[Tuple[float, float]] = []
+    barrier = threading.Barrier(clients, lambda: marks.append((cpu_of(subject), time.monotonic())), 120)
+    times_ms: List[float] = []
+
+    def visit() -> None:
+        with connect_to(subject) as sock:
+            try:
+                warm(sock)
+                barrier.wait()
+                times_ms.extend(act(sock))
+                barrier.wait()
+            except BaseException:
+                barrier.abort()
+                raise
+    in_parallel(clients, visit)
+    (cpu_from, begun), (cpu_to, ended) = marks
+    return figures(subject, cpu_to - cpu_from, ended - begun, times_ms, units)
 
 
 # ---------------------------------------------------------------------------- measures
@@ -20987,8 +21158,10 @@ def bare_start_ms(bench: Bench, subject: Subject) -> Optional[float]:
 
 
 def idle_mb(as_module: bool) -> Callable[[Bench, Subject], Optional[float]]:
-    """Resident memory of a gateway that has signed in and answered once."""
+    """Resident memory of a gateway that has signed in and answered once; of nginx and peers as they are."""
     def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        if subject in bench.subjects()[1:]:
+            return rss_mb(subject.pid) if subject.pid else None
         process, port = bench.start_gateway(as_module)
         wait_for_port(port, process)
         own = Subject("idle", port, process.pid, True)
@@ -21000,63 +21173,83 @@ def idle_mb(as_module: bool) -> Callable[[Bench, Subject], Optional[float]]:
     return measure
 
 
+def added_ms(through: Callable[[], float], direct: Callable[[], float], times: int) -> float:
+    """Milliseconds that p50 of the one is above p50 of the other, both of them in milliseconds and done in turns."""
+    found = [(through(), direct()) for _ in range(times)]
+    return statistics.median(one for one, _ in found) - statistics.median(other for _, other in found)
+
+
+def serves(subject: Subject, request: bytes) -> bool:
+    """Whether the subject does what is asked: nginx translates nothing, a peer not every pair."""
+    served = talk(subject, request).startswith(b"HTTP/1.1 200")
+    if subject.name == "gateway" and not served:
+        raise AssertionError("the gateway refused")
+    return served
+
+
+def serves_chat(subject: Subject) -> bool:
+    return serves(subject, request_bytes(subject, CHAT_PATH, "full", 10))
+
+
 def first_event_ms(bench: Bench, subject: Subject) -> Optional[float]:
-    """Milliseconds that the subject adds to the first event of a stream: p50 through it less p50 without it, taken in turns."""
-    def once(sock: socket.socket, request: bytes) -> float:
-        begun = time.perf_counter()
-        sock.sendall(request)
-        seen = b""
-        while b" word @" not in seen:
-            seen += sock.recv(65536)
-        taken = time.perf_counter() - begun
-        while not seen.endswith(b"0\r\n\r\n"):
-            seen += sock.recv(65536)
-        return taken * 1000
-    routes = [(connect_to(route), request_bytes(route, CHAT_PATH, "paced-100", 2)) for route in (subject, bench.upstream)]
-    times: List[List[float]] = [[], []]
-    for _ in range(60 if bench.quick else 200):
-        for route, found in zip(routes, times):
-            found.append(once(*route))
-    for sock, _ in routes:
-        sock.close()
-    through, direct = map(statistics.median, times)
-    return through - direct
+    """Milliseconds that the subject adds to the first event of a stream."""
+    def route_through(target: Subject) -> Tuple[socket.socket, Callable[[], float]]:
+        sock, request = connect_to(target), request_bytes(target, CHAT_PATH, "paced-100", 2)
+
+        def once() -> float:
+            begun = time.perf_counter()
+            sock.sendall(request)
+            seen = b""
+            while b" word @" not in seen:
+                seen += take(sock)
+            taken = time.perf_counter() - begun
+            while not seen.endswith(b"0\r\n\r\n"):
+                seen += take(sock)
+            return taken * 1000
+        return sock, once
+    if not serves_chat(subject):
+        return None
+    (far, through), (near, direct) = route_through(subject), route_through(bench.upstream)
+    with far, near:
+        return added_ms(through, direct, 60 if bench.quick else 200)
+
+
+def full_speed(subject: Subject, path: str, model: str, streams: int, events: int, times: int = 1) -> Figures:
+    """Streams that come as fast as they go, so many at once, each client so many one after the other."""
+    small = streaming_often(subject, request_bytes(subject, path, model, 10), 10, 1)
+    act = streaming_often(subject, request_bytes(subject, path, model, events), events, times)
+    return at_once(subject, streams, small, act, streams * events * times)
 
 
 def full_speed_us(path: str, streams: int, model: str = "full") -> Callable[[Bench, Subject], Optional[float]]:
-    """Microseconds of the subject's CPU per event of streams that come as fast as they go."""
+    """Microseconds of the subject's CPU per event."""
     def measure(bench: Bench, subject: Subject) -> Optional[float]:
-        if not subject.pid:
+        if not subject.pid or not serves(subject, request_bytes(subject, path, model, 10)):
             return None
-        events = (40_000 if bench.quick else 200_000) // streams
-        request, small = request_bytes(subject, path, model, events), request_bytes(subject, path, model, 10)
-        if model != "full" and not talk(subject, small).startswith(b"HTTP/1.1 200"):
-            if subject.name == "gateway":
-                raise AssertionError("the gateway refused")
-            return None  # nginx translates nothing, a peer not every pair
-
-        def stream_once() -> None:
-            answer = talk(subject, request)
-            if answer.count(b"data: ") < 0.99 * events or b" word @" not in answer:  # a chunk boundary may cut the mark
-                raise AssertionError(f"{subject.name} lost events")
-        in_parallel(streams, lambda: talk(subject, small) and None)
-        before = cpu_s(subject.pid)
-        in_parallel(streams, stream_once)
-        return (cpu_s(subject.pid) - before) / (events * streams) * 1e6
+        return full_speed(subject, path, model, streams, (40_000 if bench.quick else 200_000) // streams).cpu_us
     return measure
 
 
 def gateway_us(path: str, model: str) -> Callable[[Bench, Subject], Optional[float]]:
     """The same for the gateway alone: what it edits others relay."""
-    return lambda bench, subject: full_speed_us(path, 1, model)(bench, next(one for one in bench.subjects() if one.name == "gateway"))
+    return lambda bench, subject: full_speed_us(path, 1, model)(bench, bench.subjects()[0])
+
+
+def bench_origin(model: str) -> str:
+    """The origin that the bench's gateway gives to what a model has sealed."""
+    return cp.origin_of("copilot", hashlib.sha256(BENCH_TOKEN.encode()).hexdigest()[:12], model)
 
 
 CODE_LINE = '    "{0}": self.read({0}, kind="{1}"),  # as \u201e{1}\u201c says; see page {0} of the manual, and \\n below it\n'
 
 
-def agent_request(characters: int = 800_000) -> cp.Request:
+TOKENS_200K = 540_000  # characters of agent_request that o200k counts as 203,000 tokens, in a body of 0.7 MB
+
+
+def agent_request(characters: int = TOKENS_200K, seed: int = 4, model: str = "only") -> cp.Request:
     """What a coding agent sends late in its work: 24 tools, and turns of a thought, words, two calls and their long results."""
-    rng = random.Random(4)
+    rng = random.Random(seed)
+    origin = bench_origin(model)
     words = ["read", "write", "the", "parser", "because", "of", "a", "missing", "branch", "für", "test", "fails", "then", "line", "file"]
 
     def prose(count: int) -> str:
@@ -21074,13 +21267,28 @@ def agent_request(characters: int = 800_000) -> cp.Request:
         thought = prose(60)
         calls = [cp.ToolCall(f"call_{turn}_{number}", f"tool_{number}", dumps({"path": f"src/{turn}.py", "new_text": code(6)})) for number in (0, 1)]
         results = [cp.ToolResult(call.id, [cp.Text(code(rng.randrange(2, 60)))]) for call in calls]
-        seal = cp.seal("thinking", BENCH_ORIGIN, "A1b2" * 80, f"rs_{turn}", thought)
+        seal = cp.seal("thinking", origin, "A1b2" * 80, f"rs_{turn}", thought)
         messages += [cp.Message("assistant", [cp.Thinking(thought, seal, id=f"rs_{turn}"), cp.Text(prose(30)), *calls]), cp.Message("user", list(results))]
         length += sum(len(call.arguments) for call in calls) + sum(len(result.content[0].text) for result in results) + 700
-    return cp.Request("only", messages, tools, max_tokens=8000, stream=True, reasoning=cp.Reasoning(mode="on", budget=4000, visible=True))
+    return cp.Request(model, messages, tools, max_tokens=8000, stream=True, reasoning=cp.Reasoning(mode="on", budget=4000, visible=True))
 
 
-BENCH_ORIGIN = cp.origin_of("copilot", "bench", "only")
+def without_thinking(request: cp.Request) -> cp.Request:
+    """What Chat clients send: they keep no thoughts."""
+    messages = [replace(message, content=[block for block in message.content if not isinstance(block, cp.Thinking)]) for message in request.messages]
+    return replace(request, messages=messages, reasoning=None)
+
+
+def history(model: str) -> cp.Request:
+    return agent_request(model=model)
+
+
+def image_request(model: str = "full") -> cp.Request:
+    """A question about four pictures, 5 MB in base64."""
+    rng = random.Random(4)
+    noise = [rng.getrandbits(8 * 937_400).to_bytes(937_400, "big") for _ in range(4)]
+    pictures = [cp.Image("image/png", base64.b64encode(png_header(1024, 768) + pixels).decode()) for pixels in noise]
+    return cp.Request(model, [cp.Message("user", [cp.Text("Which one is it?"), *pictures])], max_tokens=100)
 
 
 def request_ms(client: str, upstream: str) -> Callable[[Bench, Subject], Optional[float]]:
@@ -21090,7 +21298,7 @@ def request_ms(client: str, upstream: str) -> Callable[[Bench, Subject], Optiona
 
         def once() -> float:
             begun = time.process_time()
-            asked = cp.opened_request(cp.CODECS[client].decode_request(cp.parse_json(raw)), BENCH_ORIGIN, upstream)
+            asked = cp.opened_request(cp.CODECS[client].decode_request(cp.parse_json(raw)), bench_origin("only"), upstream)
             sent = cp.dump_json(cp.CODECS[upstream].encode_request(cp.flatten(asked, cp.Names(), upstream)))
             taken = time.process_time() - begun
             if not 0.7 < len(sent) / len(raw) < 1.4:
@@ -21100,77 +21308,146 @@ def request_ms(client: str, upstream: str) -> Callable[[Bench, Subject], Optiona
     return measure
 
 
-def whole_ms(clients: int) -> Callable[[Bench, Subject], Optional[float]]:
-    """Milliseconds of the subject's CPU per whole chat answer, for clients that keep their connection."""
-    def measure(bench: Bench, subject: Subject) -> Optional[float]:
-        if not subject.pid:
-            return None
-        each = (800 if bench.quick else 8000) // clients
-        request = request_bytes(subject, CHAT_PATH, "full", 0)
-        marks: List[float] = []
-        barrier = threading.Barrier(clients, action=lambda: marks.append(cpu_s(subject.pid)))
+class LargeWork(NamedTuple):
+    """A large request of a client dialect, and the upstream dialect that it is asked in without a subject."""
+    client: str
+    upstream: str
+    model: str
+    make: Callable[[str], cp.Request]
 
-        def converse() -> None:
-            with connect_to(subject) as sock:
-                for number in range(each + 20):
-                    if number == 20:
-                        barrier.wait(30)
-                    sock.sendall(request)
-                    if b" 200 " not in read_answer(sock)[:20]:
-                        raise AssertionError(f"{subject.name} refused")
-                barrier.wait(30)
-        in_parallel(clients, converse)
-        return (marks[1] - marks[0]) / (each * clients) * 1000
+    def act(self, target: Subject, dialect: str) -> Act:
+        asked = self.make(self.model)
+        sent = without_thinking(asked) if dialect == "Chat" else asked
+        body = cp.dump_json(cp.CODECS[BENCH_DIALECTS[dialect]].encode_request(sent))
+        return asking_often(target, post_bytes(target, BENCH_CLIENTS[dialect], self.model, body), 1)
+
+
+IMAGES = {client: LargeWork(client, client, "full", image_request) for client in ("Chat", "Messages")}
+HISTORY = {"Chat": LargeWork("Chat", "Chat", "full", history), "Messages": LargeWork("Messages", "Chat", BENCH_ONLY[CHAT_PATH], history)}
+
+
+def large_acts(bench: Bench, subject: Subject, work: LargeWork) -> Optional[Tuple[Act, Act]]:
+    """The work through the subject, and with upstream alone; None where the subject refuses it."""
+    through, direct = work.act(subject, work.client), work.act(bench.upstream, work.upstream)
+    with connect_to(subject) as far, connect_to(bench.upstream) as near:
+        direct(near)
+        size = bench.seen()["size"]
+        try:
+            through(far)
+        except AssertionError:
+            if subject.name == "gateway":
+                raise
+            return None
+        arrived = bench.seen()["size"]
+        if not 0.8 < arrived / size < 1.2:
+            raise AssertionError(f"{subject.name} sent {arrived} of {size} bytes")
+    return through, direct
+
+
+def answer_added_ms(work: LargeWork) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds from the first byte of a large request to the last of its answer, less those without the subject."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        acts = large_acts(bench, subject, work)
+        if acts is None:
+            return None
+        through, direct = acts
+        with connect_to(subject) as far, connect_to(bench.upstream) as near:
+            return added_ms(lambda: through(far)[0], lambda: direct(near)[0], 10 if bench.quick else 40)
     return measure
 
 
-class Paced(NamedTuple):
-    cpu_us: float      # of the subject, per event; 0 where it cannot be read
-    p99_ms: float      # from upstream's write to the client's read
+def answer_cpu_ms(work: LargeWork) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds of the subject's CPU per large request."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        acts, times = large_acts(bench, subject, work), 10 if bench.quick else 40
+        if acts is None or not subject.pid:
+            return None
+        return at_once(subject, 1, acts[0], lambda sock: [acts[0](sock)[0] for _ in range(times)], times).cpu_us / 1000
+    return measure
 
 
-def paced(bench: Bench, subject: Subject, streams: int, per_second: int) -> Paced:
-    """Streams of lonely events for a few seconds; the first half second does not count."""
-    seconds = 2 if bench.quick else 4
-    request = request_bytes(subject, CHAT_PATH, f"paced-{per_second}", int(per_second * (seconds + 0.5)))
-    poll = selectors.DefaultSelector()
-    socks = [connect_to(subject) for _ in range(streams)]
-    for number, sock in enumerate(socks):
-        time.sleep(1 / per_second / streams)  # spread over one gap, as real streams are
-        sock.sendall(request)
-        poll.register(sock, selectors.EVENT_READ)
-    begun, left, late_ms = time.monotonic(), streams, []
-    counted_from = cpu_from = None
-    while left:
-        for key, _ in poll.select():
-            data = key.fileobj.recv(65536)
-            now = time.monotonic_ns()
-            if counted_from is None and time.monotonic() - begun > 0.5:
-                counted_from, cpu_from = len(late_ms), cpu_s(subject.pid) if subject.pid else 0.0
-            late_ms.extend((now - int(stamp)) / 1e6 for stamp in EVENT_STAMP.findall(data))
-            if not data or data.endswith(b"0\r\n\r\n"):
-                poll.unregister(key.fileobj)
-                key.fileobj.close()
-                left -= 1
-    cpu = cpu_s(subject.pid) - cpu_from if subject.pid else 0.0
-    counted = sorted(late_ms[counted_from:])
-    if len(late_ms) < 0.99 * streams * int(per_second * (seconds + 0.5)):
+def whole(subject: Subject, clients: int, each: int) -> Figures:
+    """Whole chat answers, each client so many one after the other."""
+    request = request_bytes(subject, CHAT_PATH, "full", 0)
+    return at_once(subject, clients, asking_often(subject, request, 20), asking_often(subject, request, each), clients * each)
+
+
+def whole_ms(clients: int) -> Callable[[Bench, Subject], Optional[float]]:
+    """Milliseconds of the subject's CPU per whole chat answer, for clients that keep their connection."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        if not subject.pid or not serves(subject, request_bytes(subject, CHAT_PATH, "full", 0)):
+            return None
+        return whole(subject, clients, (800 if bench.quick else 8000) // clients).cpu_us / 1000
+    return measure
+
+
+def take(sock: socket.socket) -> bytes:
+    data = sock.recv(65536)
+    if not data:
+        raise EOFError("the answer broke off")
+    return data
+
+
+WARM_UP_S = 0.5
+
+
+class Lonely(NamedTuple):
+    """An event that came by itself: when upstream wrote it, and when the client read it, in ns of the clock they share."""
+    written: int
+    read: int
+
+    @property
+    def late_ms(self) -> float:
+        return (self.read - self.written) / 1e6
+
+
+def read_paced(subject: Subject, streams: int, per_second: int, seconds: float, warmed: Callable[[], None]) -> List[Lonely]:
+    """The events of so many streams, those before WARM_UP_S left out; `warmed` is called then."""
+    events = int(per_second * (seconds + WARM_UP_S))
+    request = request_bytes(subject, CHAT_PATH, f"paced-{per_second}", events)
+    found: List[Lonely] = []
+    with contextlib.ExitStack() as stack:
+        poll = stack.enter_context(selectors.DefaultSelector())
+        socks = [stack.enter_context(connect_to(subject)) for _ in range(streams)]
+        for sock in socks:
+            time.sleep(1 / per_second / streams)  # spread over one gap, as real streams are
+            sock.sendall(request)
+            poll.register(sock, selectors.EVENT_READ)
+        begun, counted_from = time.monotonic(), None
+        while poll.get_map():
+            for key, _ in poll.select():
+                data = key.fileobj.recv(65536)
+                now = time.monotonic_ns()
+                if counted_from is None and time.monotonic() - begun > WARM_UP_S:
+                    counted_from = len(found)
+                    warmed()
+                found.extend([Lonely(int(stamp), now) for stamp in EVENT_STAMP.findall(data)])
+                if not data or data.endswith(b"0\r\n\r\n"):
+                    poll.unregister(key.fileobj)
+    if len(found) < 0.99 * streams * events:
         raise AssertionError(f"{subject.name} lost events")
-    return Paced(cpu / len(counted) * 1e6, counted[int(len(counted) * 0.99)])
+    return found[counted_from:]
 
 
-def paced_us(streams: int, per_second: int) -> Callable[[Bench, Subject], Optional[float]]:
-    return lambda bench, subject: paced(bench, subject, streams, per_second).cpu_us or None
+def paced(subject: Subject, streams: int, per_second: int, seconds: float) -> Figures:
+    """Streams of lonely events for so long."""
+    marks: List[Tuple[float, float]] = []
+    events = read_paced(subject, streams, per_second, seconds, lambda: marks.append((cpu_of(subject), time.monotonic())))
+    cpu_from, begun = marks[0]
+    return figures(subject, cpu_of(subject) - cpu_from, time.monotonic() - begun, [event.late_ms for event in events], len(events))
 
 
-def paced_p99_ms(streams: int, per_second: int) -> Callable[[Bench, Subject], Optional[float]]:
-    return lambda bench, subject: paced(bench, subject, streams, per_second).p99_ms
+def paced_figure(name: str, streams: int, per_second: int) -> Callable[[Bench, Subject], Optional[float]]:
+    """One of the figures of such streams."""
+    def measure(bench: Bench, subject: Subject) -> Optional[float]:
+        return getattr(paced(subject, streams, per_second, 2 if bench.quick else 4), name) if serves_chat(subject) else None
+    return measure
 
 
 def count_ms(client: str) -> Callable[[Bench, Subject], Optional[float]]:
     """Milliseconds that counting a request of 200,000 tokens takes, its reading included, in this process."""
     def measure(bench: Bench, subject: Subject) -> Optional[float]:
-        body = cp.CODECS[client].encode_request(agent_request(540_000))
+        body = cp.CODECS[client].encode_request(agent_request())
         counter = cp.PromptCounter(cp.TokenEstimator(), cp.Calibration())
 
         def once() -> float:
@@ -21181,26 +21458,176 @@ def count_ms(client: str) -> Callable[[Bench, Subject], Optional[float]]:
     return measure
 
 
+def counting_acts(subject: Subject) -> List[Act]:
+    """Counts of four conversations of 200,000 tokens; upstream does not count for this model, so the subject must."""
+    model = BENCH_ONLY[CHAT_PATH]
+    bodies = [cp.dump_json(cp.CODECS[cp.MESSAGES].encode_request(agent_request(seed=seed, model=model))) for seed in range(4)]
+    return [asking_often(subject, post_bytes(subject, COUNT_PATH, model, body), 1) for body in bodies]
+
+
+def counted_ms(bench: Bench, subject: Subject) -> Optional[float]:
+    """Milliseconds from a conversation's first byte to its count, p50."""
+    acts = counting_acts(subject)
+    try:
+        with connect_to(subject) as sock:
+            return statistics.median(act(sock)[0] for act in acts * (2 if bench.quick else 10))
+    except AssertionError:
+        if subject.name == "gateway":
+            raise
+        return None
+
+
+SETTLE_S = 0.03, 0.1  # before and after a time in which waits without counting are looked at
+
+
+def extra_wait_ms(bench: Bench, subject: Subject) -> Dict[str, float]:
+    """How much longer the longest wait of an event in 32 streams is while the gateway counts than in as long times between the counts."""
+    gateway = bench.subjects()[0]
+    acts, spans, over = counting_acts(gateway), [], threading.Event()
+
+    def count() -> None:
+        with connect_to(gateway) as sock:
+            for act in itertools.cycle(acts):
+                begun = time.monotonic_ns()
+                act(sock)
+                spans.append((begun, time.monotonic_ns()))
+                if over.wait(sum(SETTLE_S) + (spans[-1][1] - begun) / 1e9):
+                    return
+    counting = threading.Thread(target=count)
+    try:
+        events = read_paced(gateway, 32, 100, 2 if bench.quick else 8, counting.start)
+    finally:
+        over.set()
+        counting.join()
+    beside, between = waits_ms(events, spans)
+    return {"gateway": max(beside) - max(between), "counting": max(beside), "pausing": max(between),
+            "counting p50": statistics.median(beside), "pausing p50": statistics.median(between)}
+
+
+def waits_ms(events: Sequence[Lonely], spans: Sequence[Tuple[int, int]]) -> Tuple[List[float], List[float]]:
+    """The longest wait beside each span, and in a time as long that follows it. Raises AssertionError without spans."""
+    if not spans:
+        raise AssertionError("nothing was counted")
+    beside, between = [], []
+    for begun, ended in spans:
+        later = ended + round(SETTLE_S[0] * 1e9)
+        beside.append(max([event.late_ms for event in events if begun <= event.read and event.written <= ended], default=0.0))
+        between.append(max([event.late_ms for event in events if later <= event.written <= later + ended - begun], default=0.0))
+    return beside, between
+
+
+class SlowStreams(NamedTuple):
+    """What became of many slow streams at once, and what the subject held before and at the peak."""
+    complete: int
+    broken: int
+    opened_s: float
+    taken_s: float
+    idle: Vitals
+    peak: Vitals
+
+
+def held(subject: Subject) -> Vitals:
+    return vitals(subject.pid) if subject.pid else Vitals(0, 0, 0)
+
+
+def slow_streams(subject: Subject, streams: int, events: int = SLOW_EVENTS) -> SlowStreams:
+    """Opens so many slow streams of all client dialects that it serves, one after the other, and reads them to their ends."""
+    paths = [path for path in BENCH_CLIENTS.values() if serves(subject, request_bytes(subject, path, "full", 16))]
+    idle = peak = held(subject)
+    begun, poll, answers = time.monotonic(), selectors.DefaultSelector(), {}
+    for path in itertools.islice(itertools.cycle(paths), streams):
+        sock = connect_to(subject)
+        sock.sendall(request_bytes(subject, path, SLOW_MODEL, events))
+        answers[sock] = b""
+        poll.register(sock, selectors.EVENT_READ)
+    opened_s, broken, looked_at = time.monotonic() - begun, 0, 0.0
+    while poll.get_map():
+        for key, _ in poll.select(1):
+            data = key.fileobj.recv(65536)
+            answers[key.fileobj] += data
+            if not data or answers[key.fileobj].endswith(b"\r\n0\r\n\r\n"):
+                poll.unregister(key.fileobj)
+                broken += not data
+        if time.monotonic() - looked_at > 0.5:
+            looked_at, peak = time.monotonic(), Vitals(*map(max, zip(peak, held(subject))))
+    complete = sum(b" 200 OK" in answer[:20] and len(EVENT_STAMP.findall(answer)) == events for answer in answers.values())
+    for sock in answers:
+        sock.close()
+    return SlowStreams(complete, broken, opened_s, time.monotonic() - begun, idle, peak)
+
+
+def slow_run(bench: Bench, subject: Subject) -> SlowStreams:
+    """1,000 slow streams through a subject, done once; the gateway is a fresh one, as what came before leaves memory behind."""
+    if subject.name not in bench.slow:
+        fresh = bench.gateway() if subject.name == "gateway" else subject
+        bench.slow[subject.name] = slow_streams(fresh, 1000, 16 if bench.quick else SLOW_EVENTS)
+        for process in [one for one in bench.processes if one.pid == fresh.pid != subject.pid]:
+            bench.end(process)
+    return bench.slow[subject.name]
+
+
+def slow_incomplete(bench: Bench, subject: Subject) -> Optional[float]:
+    return 1000 - slow_run(bench, subject).complete
+
+
+def slow_mb(bench: Bench, subject: Subject) -> Optional[float]:
+    return slow_run(bench, subject).peak.rss_mb if subject.pid else None
+
+
+LEAVING, LEAVE_LIMIT_S = 20, 10.0  # clients; how long upstream is watched for their end
+
+
+def left_ms(bench: Bench, subject: Subject) -> Optional[float]:
+    """Milliseconds from the moment when clients leave silent streams, all at once, to the end of their last upstream connection."""
+    if not serves_chat(subject):
+        return None
+    before, socks = len(bench.seen()["left_ns"]), []
+    with contextlib.ExitStack() as stack:
+        for _ in range(LEAVING):
+            socks.append(stack.enter_context(connect_to(subject)))
+            socks[-1].sendall(request_bytes(subject, CHAT_PATH, SILENT, 2))
+        for sock in socks:
+            seen = b""
+            while b" word @" not in seen:
+                seen += take(sock)
+        begun = time.monotonic_ns()
+    while len(bench.seen()["left_ns"]) < before + LEAVING:
+        if time.monotonic_ns() - begun > LEAVE_LIMIT_S * 1e9:
+            return LEAVE_LIMIT_S * 1000
+        time.sleep(0.02)
+    return (max(bench.seen()["left_ns"]) - begun) / 1e6
+
+
+Measured = Union[float, Dict[str, float], None]
+
+
 class Measure(NamedTuple):
-    """`target` is the most the gateway may take, `ratio` the most compared with nginx; `compared`: nginx and peers run too."""
+    """`target` is the most the gateway may take, `ratio` the most compared with nginx; `compared`: nginx and peers run too.
+
+    `run` gives one subject's figure; where it is not compared, it may give what stands beside the gateway's, too.
+    The target holds when nginx's own figure is at most `calm`.
+    """
     name: str
     unit: str
     target: Optional[float]
     ratio: Optional[float]
     compared: bool
-    run: Callable[[Bench, Subject], Optional[float]]
+    run: Callable[[Bench, Subject], Measured]
+    calm: Optional[float] = None
 
 
-BENCH_DIALECTS = {"Chat": cp.CHAT, "Responses": cp.RESPONSES, "Messages": cp.MESSAGES, "Gemini": cp.GEMINI}
 BENCH_PAIRS = [(client, upstream) for client in BENCH_CLIENTS for upstream in ("Chat", "Responses", "Messages") if client != upstream]
 PAIR_TARGETS = {("Messages", "Chat"): 9, ("Messages", "Responses"): 8}
+# The targets are those of issue 6's table; a row without one explains another.
 MEASURES = list(itertools.starmap(Measure, [
     # name                                       unit  target ratio compared run
     ("start of a bare interpreter",              "ms",  None, None, False, bare_start_ms),
     ("start to first answer, -m",                "ms",  110,  None, False, start_ms(as_module=True)),
     ("start to first answer, script",            "ms",  260,  None, False, start_ms(as_module=False)),
-    ("idle RSS, -m",                             "MB",   32,  None, False, idle_mb(as_module=True)),
+    ("idle RSS, -m",                             "MB",   32,  None, True,  idle_mb(as_module=True)),
     ("idle RSS, script",                         "MB",   60,  None, False, idle_mb(as_module=False)),
+    ("1,000 slow streams, not complete",         "",      0,  None, True,  slow_incomplete),
+    ("1,000 slow streams, peak RSS, -m",         "MB",   90,  None, True,  slow_mb),
     ("first event, added p50",                   "ms",  0.5,  None, True,  first_event_ms),
     ("whole chat answer, 1 client, CPU",         "ms",  None, None, True,  whole_ms(1)),
     ("whole chat answer, 16 clients, CPU",       "ms",  0.2,  None, True,  whole_ms(16)),
@@ -21209,35 +21636,108 @@ MEASURES = list(itertools.starmap(Measure, [
     ("Chat at full speed, 32 streams, CPU",      "us",    2,     2, True,  full_speed_us(CHAT_PATH, 32)),
     ("Messages at full speed, 1 stream, CPU",    "us",    2,     2, True,  full_speed_us(MESSAGES_PATH, 1)),
     ("Messages at full speed, 32 streams, CPU",  "us",    2,     2, True,  full_speed_us(MESSAGES_PATH, 32)),
-    ("Responses at full speed, 1 stream, CPU",   "us",    2,  None, True,  full_speed_us(RESPONSES_PATH, 1)),
-    ("Responses at full speed, 32 streams, CPU", "us",    2,  None, True,  full_speed_us(RESPONSES_PATH, 32)),
-    ("Chat chunks to be filled, CPU",            "us",    3,  None, False, gateway_us(CHAT_PATH, BENCH_ODD)),
-    ("Responses with differing ids, CPU",        "us",    6,  None, False, gateway_us(RESPONSES_PATH, BENCH_ODD)),
-    ("32 streams of 100 events/s, CPU",          "us",  None,  2.2, True,  paced_us(32, 100)),
-    ("32 streams of 100 events/s, p99",          "ms",    5,  None, True,  paced_p99_ms(32, 100)),
-    ("200 streams of 50 events/s, p99",          "ms",   20,  None, True,  paced_p99_ms(200, 50)),
+    ("Responses at full speed, 1 stream, CPU",   "us",    4,  None, True,  full_speed_us(RESPONSES_PATH, 1)),
+    ("Responses at full speed, 32 streams, CPU", "us",    4,  None, True,  full_speed_us(RESPONSES_PATH, 32)),
+    ("Responses with differing ids, CPU",        "us",    4,  None, False, gateway_us(RESPONSES_PATH, BENCH_ODD)),
+    ("Chat chunks to be filled, CPU",            "us",  None, None, False, gateway_us(CHAT_PATH, BENCH_ODD)),
+    ("32 streams of 100 events/s, CPU",          "us",  None,  2.2, True,  paced_figure("cpu_us", 32, 100)),
+    ("32 streams of 100 events/s, p99",          "ms",    5,  None, True,  paced_figure("p99_ms", 32, 100), 2),
+    ("200 streams of 50 events/s, p99",          "ms",   20,  None, True,  paced_figure("p99_ms", 200, 50)),
     *[(f"{client} client -> {upstream}, CPU per delta", "us", PAIR_TARGETS.get((client, upstream), 10), None, True,
        full_speed_us(BENCH_CLIENTS[client], 1, BENCH_ONLY[BENCH_CLIENTS[upstream]])) for client, upstream in BENCH_PAIRS],
-    *[(f"{client} client -> {upstream}, 200k request", "ms", 20, None, False,
+    ("20 clients leave, upstream's last end",    "ms", 1000,  None, True,  left_ms),
+    ("5 MB of images, Chat, added p50",          "ms",   16,  None, True,  answer_added_ms(IMAGES["Chat"])),
+    ("5 MB of images, Messages, added p50",      "ms",   16,  None, True,  answer_added_ms(IMAGES["Messages"])),
+    ("5 MB of images, Chat, CPU",                "ms",  None, None, True,  answer_cpu_ms(IMAGES["Chat"])),
+    ("200k history, Chat -> Chat, added p50",    "ms",    4,  None, True,  answer_added_ms(HISTORY["Chat"])),
+    ("200k history, Chat -> Chat, CPU",          "ms",  None, None, True,  answer_cpu_ms(HISTORY["Chat"])),
+    ("200k history, Messages -> Chat, added p50", "ms",  10,  None, True,  answer_added_ms(HISTORY["Messages"])),
+    ("200k history, Messages -> Chat, CPU",      "ms",  None, None, True,  answer_cpu_ms(HISTORY["Messages"])),
+    *[(f"{client} client -> {upstream}, 200k request", "ms", None, None, False,
        request_ms(BENCH_DIALECTS[client], BENCH_DIALECTS[upstream])) for client, upstream in BENCH_PAIRS],
+    ("count_tokens of 200k, p50",                "ms",   15,  None, True,  counted_ms),
+    ("longest wait for it in 32 streams, extra", "ms",   10,  None, False, extra_wait_ms),
     *[(f"count of a {client} client's 200k request", "ms", 15, None, False, count_ms(BENCH_DIALECTS[client])) for client in ("Messages", "Gemini")],
 ]))
 
 
+# ---------------------------------------------------------------------------- scaling
+
+SCALES = (1, 2, 4, 8, 16, 32, 64)  # clients
+STREAM_EVENTS = 2000  # of a stream at full speed, 0.9 MB
+
+
+class Scaling(NamedTuple):
+    name: str
+    run: Callable[[Bench, Subject, int], Figures]  # of so many clients
+
+
+SCALING = [
+    Scaling("whole answers", lambda bench, subject, clients: whole(subject, clients, max(10, (400 if bench.quick else 4000) // clients))),
+    Scaling("streams at full speed", lambda bench, subject, clients: full_speed(
+        subject, CHAT_PATH, "full", clients, STREAM_EVENTS, max(1, (8 if bench.quick else 64) // clients))),
+    Scaling("streams of 100 events/s", lambda bench, subject, clients: paced(subject, clients, 100, 1 if bench.quick else 3)),
+]
+
+
+def middle(rounds: Sequence[Figures]) -> Figures:
+    """The median of each figure."""
+    return Figures(*(None if None in column else statistics.median(column) for column in zip(*rounds)))
+
+
+def scaling(bench: Bench) -> List[Json]:
+    """Prints a table per row of SCALING, of CPU per unit, latency p50 and p99, and units/s of each subject; the rows of the JSON."""
+    subjects, rows = [*bench.subjects(), bench.upstream._replace(name="alone")], []
+    for kind in SCALING:
+        print(f"\n{kind.name:<24}" + "".join(f"{subject.name:^38}" for subject in subjects))
+        print(f"{'clients':>24}" + f"{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'units/s':>9}  " * len(subjects), flush=True)
+        for clients in SCALES:
+            rounds = [[tried(subject, lambda: kind.run(bench, subject, clients)) for subject in subjects] for _ in range(bench.rounds)]
+            found = {subject.name: middle(own) for subject, own in zip(subjects, zip(*rounds)) if None not in own}
+            print(f"{clients:>24}" + "".join(scaling_cells(found.get(subject.name)) for subject in subjects), flush=True)
+            rows += [{"measure": f"scaling, {kind.name}", "clients": clients, "subject": name, **own._asdict()} for name, own in found.items()]
+    return rows
+
+
+def scaling_cells(found: Optional[Figures]) -> str:
+    return "".join("%9s" % ("—" if value is None else "%.0f" % value if value >= 1000 else "%.3g" % value) for value in found or [None] * 4) + "  "
+
+
 # ---------------------------------------------------------------------------- the command
+
+def tried(subject: Subject, run: Callable[[], Any]) -> Any:
+    """What the run gives; None where a peer fails, which is said. The gateway, nginx and upstream must not fail."""
+    try:
+        return run()
+    except (AssertionError, EOFError, OSError, threading.BrokenBarrierError) as exc:
+        if "://" not in subject.name:
+            raise
+        print(f"    {subject.name}: {exc or type(exc).__name__}", flush=True)
+        return None
+
 
 def taken(bench: Bench, measure: Measure) -> Dict[str, float]:
     """subject -> median of its rounds, rounds of all subjects in turns."""
     if not measure.compared:
         value = measure.run(bench, bench.upstream)
-        return {} if value is None else {"gateway": value}
+        return value if isinstance(value, dict) else {} if value is None else {"gateway": value}
     found: Dict[str, List[float]] = defaultdict(list)
     for _ in range(bench.rounds):
         for subject in bench.subjects():
-            value = measure.run(bench, subject)
+            value = tried(subject, lambda: measure.run(bench, subject))
             if value is not None:
                 found[subject.name].append(value)
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+def verdicts(measure: Measure, value: float, nginx: Optional[float]) -> Iterator[str]:
+    """What a figure is worth beside its targets, in words."""
+    if measure.calm is not None and nginx is not None and nginx > measure.calm:
+        yield f"no verdict, nginx > {measure.calm:g}"
+    elif measure.target is not None:
+        yield f"<= {measure.target:g}" if value <= measure.target else f"MISSED <= {measure.target:g}"
+    if measure.ratio is not None and nginx:
+        yield f"<= {measure.ratio:g} x nginx" if value / nginx <= measure.ratio else f"MISSED <= {measure.ratio:g} x nginx"
 
 
 def bench_line(measure: Measure, values: Dict[str, float]) -> Tuple[str, str]:
@@ -21245,21 +21745,17 @@ def bench_line(measure: Measure, values: Dict[str, float]) -> Tuple[str, str]:
     value, nginx = values.get("gateway"), values.get("nginx")
     if value is None:
         return f"{measure.name:<42} {'—':>8}", "not measured"
-    ratio = value / nginx if nginx else None
-    notes = []
-    if measure.target is not None:
-        notes.append(f"<= {measure.target:g}" if value <= measure.target else f"MISSED <= {measure.target:g}")
-    if measure.ratio is not None and ratio is not None:
-        notes.append(f"<= {measure.ratio:g} x nginx" if ratio <= measure.ratio else f"MISSED <= {measure.ratio:g} x nginx")
+    ratio = f"(x {value / nginx:.2g})" if nginx and nginx > 0 < value else ""
+    notes = list(verdicts(measure, value, nginx))
     others = [f"{name} {other:.3g}" for name, other in values.items() if name != "gateway"]
-    row = f"{measure.name:<42} {value:>8.3g} {measure.unit:<3} {', '.join(notes):<28} {'; '.join(others)}" + (f" (x {ratio:.2g})" if ratio else "")
+    row = f"{measure.name:<42} {value:>8.3g} {measure.unit:<3} {', '.join(notes):<28} {'; '.join(others)} {ratio}"
     return row.rstrip(), "; ".join(notes + others)
 
 
 def bench(args: Sequence[str]) -> int:
     """The command; exit status 0 also when a target is missed: machines differ, people judge."""
     parser = argparse.ArgumentParser(prog="test_copilot_proxy.py bench", description="Measures the gateway, nginx as plain proxy and peers.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="measures whose name contains NAME, all without one")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="measures whose name contains NAME, all without one; `scaling`: 1 to 64 clients")
     parser.add_argument("--vs", action="append", default=[], metavar="URL", help="a running peer that uses the bench's upstream")
     parser.add_argument("--upstream-port", type=int, default=0, metavar="N", help="where peers find the upstream")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
@@ -21271,20 +21767,139 @@ def bench(args: Sequence[str]) -> int:
         print(upstream.url, flush=True)
         upstream.serve()
     python = "%d.%d.%d" % sys.version_info[:3]
-    rows = []
     with Bench(options.quick, options.vs, options.upstream_port) as run:
         print(f"Python {python}, {os.cpu_count()} cores; upstream at {run.upstream_url}", flush=True)
-        for measure in MEASURES:
-            if options.names and not any(name.lower() in measure.name.lower() for name in options.names):
-                continue
+        names = [name for name in options.names if name != "scaling"]
+        rows = bench_rows(run, names) if names or not options.names else []
+        if names != options.names:
+            rows += scaling(run)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump([{**row, "python": python} for row in rows], file, indent=1)
+    return 0
+
+
+def bench_rows(run: Bench, names: Sequence[str]) -> List[Json]:
+    """Takes and prints the measures whose name contains one of these; the rows of the JSON."""
+    rows = []
+    for measure in MEASURES:
+        if not names or any(name.lower() in measure.name.lower() for name in names):
             values = taken(run, measure)
             row, note = bench_line(measure, values)
             print(row, flush=True)
-            rows.append({"measure": measure.name, "unit": measure.unit, "value": values.get("gateway"), "python": python, "note": note})
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
-    return 0
+            value = values.pop("gateway", None)
+            rows.append({"measure": measure.name, "unit": measure.unit, "value": value, "beside": values, "note": note})
+    return rows
+
+
+class BenchWorks(unittest.TestCase):
+    """The measures in small, with upstream in this process and nothing between, and that they can fail."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.fast = FastUpstream(0)
+        threading.Thread(target=cls.fast.serve, daemon=True).start()
+        cls.direct = Subject("direct", int(cls.fast.url.rpartition(":")[2]), os.getpid(), False)
+
+    def bench(self) -> mock.Mock:
+        run = mock.Mock(spec=Bench, quick=True, rounds=1, upstream=self.direct, subjects=lambda: [self.direct])
+        run.seen = lambda: Bench.seen(run)
+        return run
+
+    def test_whole_answers_and_streams_have_figures(self):
+        for found in (whole(self.direct, 2, 3), full_speed(self.direct, MESSAGES_PATH, "full", 2, 600)):
+            self.assertGreater(min(found), 0)
+            self.assertLessEqual(found.p50_ms, found.p99_ms)
+        self.assertIsNone(whole(self.direct._replace(pid=0), 1, 3).cpu_us)
+
+    def test_a_lost_event_and_a_refusal_are_told(self):
+        for act in (streaming_often(self.direct, request_bytes(self.direct, CHAT_PATH, "full", 10), 20, 1),
+                    asking_often(self.direct, request_bytes(self.direct, CHAT_PATH, "only-messages", 0), 1)):
+            with self.assertRaisesRegex(AssertionError, "direct (lost events|refused)"):
+                at_once(self.direct, 3, lambda sock: [], act, 1)
+
+    def test_one_client_that_fails_ends_it_for_all(self):
+        failures = itertools.chain([ValueError("the first")], itertools.repeat(None))
+        begun = time.monotonic()
+        with self.assertRaisesRegex(ValueError, "the first"):
+            at_once(self.direct, 3, mock.Mock(side_effect=failures), lambda sock: [], 1)
+        self.assertLess(time.monotonic() - begun, 60)
+
+    def test_a_large_body_is_skimmed(self):
+        raw = dumps({"system": 'say "stream":true, "model":"none"', "model": "only-chat", "stream": False, "input": "x" * LARGE_BODY}).encode()
+        self.assertEqual({"model": "only-chat", "stream": False, "max_tokens": 2}, skimmed(raw))
+        self.assertTrue(skimmed(raw.replace(b'"stream":false', b'"stream": true'))["stream"])
+
+    def test_lonely_events_count_from_the_warm_up_on(self):
+        warmed, begun = mock.Mock(), time.monotonic_ns()
+        with mock.patch(f"{__name__}.WARM_UP_S", 0.05):
+            found = read_paced(self.direct, 2, 100, 0.05, warmed)
+        warmed.assert_called_once_with()
+        self.assertGreater(min(event.read for event in found), begun + 50_000_000)
+        self.assertGreater(min(event.late_ms for event in found), 0)
+
+    def test_slow_streams_are_counted(self):
+        with mock.patch.dict(BENCH_CLIENTS):
+            del BENCH_CLIENTS["Gemini"]  # upstream has none
+            found = slow_streams(self.direct, 4, 1)
+        self.assertEqual((4, 0), found[:2])
+        self.assertGreater(found.peak.rss_mb, 1)
+
+    def test_the_end_of_streams_that_clients_leave_is_seen(self):
+        self.assertTrue(0 < left_ms(self.bench(), self.direct) < 1000 * LEAVE_LIMIT_S)
+        unseen = mock.Mock(spec=Bench, seen=lambda: {"left_ns": []})
+        with mock.patch(f"{__name__}.LEAVE_LIMIT_S", 0.03):
+            self.assertEqual(30, left_ms(unseen, self.direct))
+
+    def test_a_large_request_must_arrive_whole(self):
+        added, run = answer_added_ms(HISTORY["Chat"]), self.bench()
+        self.assertLess(abs(added(run, self.direct)), 500)
+        self.assertGreater(answer_cpu_ms(HISTORY["Chat"])(run, self.direct), 0)
+        sizes = iter([100, 50])
+        run.seen = lambda: {"size": next(sizes)}
+        with self.assertRaisesRegex(AssertionError, "sent 50 of 100 bytes"):
+            added(run, self.direct)
+
+    def test_only_waits_beside_a_count_belong_to_it(self):
+        ms = 1_000_000
+        events = [Lonely(at * ms, read * ms) for at, read in ((0, 5), (7, 8), (9, 29), (39, 44), (66, 67))]
+        spans = [(begun * ms, ended * ms) for begun, ended in ((4, 6), (6, 8), (8, 10), (30, 35))]
+        self.assertEqual(([5, 1, 20, 0], [0, 5, 0, 1]), waits_ms(events, spans))
+        with self.assertRaisesRegex(AssertionError, "nothing was counted"):
+            waits_ms(events, [])
+
+    def test_verdicts_need_a_calm_machine_where_the_table_says_so(self):
+        row = Measure("p99", "ms", 5, 2.2, True, lambda run, subject: None, 2)
+        self.assertEqual(["MISSED <= 5", "MISSED <= 2.2 x nginx"], list(verdicts(row, 9, 2)))
+        self.assertEqual(["no verdict, nginx > 2", "<= 2.2 x nginx"], list(verdicts(row, 5, 3)))
+        self.assertEqual(["<= 5"], list(verdicts(row, 4, None)))
+
+    def test_a_peer_may_fail_where_the_gateway_must_not(self):
+        peer = Subject("http://127.0.0.1:1", 1, 0, True)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.assertIsNone(tried(peer, lambda: connect_to(peer)))
+        self.assertIn("http://127.0.0.1:1: [Errno", printed.getvalue())
+        with self.assertRaises(OSError):
+            tried(peer._replace(name="gateway"), lambda: connect_to(peer))
+
+    def test_rows_have_the_gateway_and_what_stands_beside_it(self):
+        gateway, peer = self.direct._replace(name="gateway"), self.direct._replace(name="http://x:1")
+        run, figure = self.bench(), Measure("it", "ms", 2, None, True, lambda run, subject: len(subject.name))
+        run.subjects = lambda: [gateway, self.direct._replace(name="nginx"), peer]
+        with mock.patch.object(sys.modules[__name__], "MEASURES", [figure, figure._replace(name="other")]), \
+                contextlib.redirect_stdout(io.StringIO()) as printed:
+            rows = bench_rows(run, ["IT"])
+        self.assertEqual([{"measure": "it", "unit": "ms", "value": 7, "beside": {"nginx": 5, "http://x:1": 10},
+                           "note": "MISSED <= 2; nginx 5; http://x:1 10"}], rows)
+        self.assertRegex(printed.getvalue(), r"^it +7 ms +MISSED <= 2 +nginx 5; http://x:1 10 \(x 1.4\)\n$")
+
+    def test_scaling_prints_a_table_and_gives_rows(self):
+        here, printed = sys.modules[__name__], io.StringIO()
+        with mock.patch.object(here, "SCALES", (2,)), mock.patch.object(here, "SCALING", SCALING[:1]), contextlib.redirect_stdout(printed):
+            rows = scaling(self.bench())
+        self.assertEqual([("scaling, whole answers", 2, "direct"), ("scaling, whole answers", 2, "alone")],
+                         [(row["measure"], row["clients"], row["subject"]) for row in rows])
+        self.assertRegex(printed.getvalue(), r"\n +2( +[\d.]+){8} *\n$")
 
 
 # ---- tokens: accuracy and speed against real tokenizers ----------------------
@@ -21604,23 +22219,6 @@ def bench_tokens(per_class: int = 14) -> None:
 # a gateway process: `load [STREAMS]`, `soak [MINUTES]`, `soak esc [TIMES]`, `killing [TIMES]`; see the top of this file.
 
 
-class Vitals(NamedTuple):
-    """What a process holds; threads and descriptors are 0 where the system does not tell (macOS, Windows)."""
-    rss_mb: float
-    threads: int
-    descriptors: int
-
-    def __str__(self) -> str:
-        return f"RSS {self.rss_mb:.1f} MB, {self.threads} threads, {self.descriptors} descriptors"
-
-
-def vitals(pid: int) -> Vitals:
-    try:
-        return Vitals(rss_mb(pid), *(len(os.listdir(f"/proc/{pid}/{kind}")) for kind in ("task", "fd")))
-    except OSError:
-        return Vitals(rss_mb(pid), 0, 0)
-
-
 class Probed:
     """A scripted upstream and a gateway process that uses it, for a `with`."""
 
@@ -21766,40 +22364,15 @@ class EscMeansStop(unittest.TestCase):
 
 # ---------------------------------------------------------------------------- many slow streams at once
 
-SLOW_MODEL, SLOW_RATE = "slow-2", 2  # events per second and stream
-
-
 def load(args: Sequence[str]) -> int:
     """Opens so many slow streams (1,000), one after the other, and reads them to their ends."""
-    streams, events = int(args[0]) if args else 1000, 24
-    cp.raise_file_limit()
+    streams = int(args[0]) if args else 1000
     with Bench(quick=True) as run:
-        py_compile.compile(run.module)  # else the first start compiles, and keeps 40 MB of syntax tree
-        subject = run.gateway()
-        idle, peak, begun = vitals(subject.pid), Vitals(0, 0, 0), time.monotonic()
-        poll, answers = selectors.DefaultSelector(), {}
-        for path in itertools.islice(itertools.cycle(BENCH_CLIENTS.values()), streams):
-            sock = connect_to(subject)
-            sock.sendall(request_bytes(subject, path, SLOW_MODEL, events))
-            answers[sock] = b""
-            poll.register(sock, selectors.EVENT_READ)
-        opened_s, broken, looked_at = time.monotonic() - begun, 0, 0.0
-        while poll.get_map():
-            for key, _ in poll.select(1):
-                data = key.fileobj.recv(65536)
-                answers[key.fileobj] += data
-                if not data or answers[key.fileobj].endswith(b"\r\n0\r\n\r\n"):
-                    poll.unregister(key.fileobj)
-                    broken += not data
-            if time.monotonic() - looked_at > 0.5:
-                looked_at, peak = time.monotonic(), Vitals(*map(max, zip(peak, vitals(subject.pid))))
-        complete = sum(b" 200 OK" in answer[:20] and len(EVENT_STAMP.findall(answer)) == events for answer in answers.values())
-        taken_s = time.monotonic() - begun
-        for sock in answers:
-            sock.close()
-    print(f"{complete} of {streams} streams of {events} events complete, {broken} broken off, {taken_s:.1f} s (opened within {opened_s:.1f} s)")
-    print(f"idle: {idle}\npeak: {peak}")
-    return 0 if complete == streams else 1
+        found = slow_streams(run.gateway(), streams)
+    print(f"{found.complete} of {streams} streams of {SLOW_EVENTS} events complete, {found.broken} broken off, "
+          f"{found.taken_s:.1f} s (opened within {found.opened_s:.1f} s)")
+    print(f"idle: {found.idle}\npeak: {found.peak}")
+    return 0 if found.complete == streams else 1
 
 
 # ---------------------------------------------------------------------------- mixed traffic with faults
