@@ -16500,7 +16500,7 @@ class ServerPromptSizes(RelayCase):
                 counted = self.count(model, messages, tools=tools)
                 events = self.told(dialect, self.frames(dialect), model=model, messages=messages, tools=tools)
                 self.assertGreater(counted, 4000)
-                self.assertEqual(counted, events[0]["message"]["usage"]["input_tokens"])
+                self.assertAlmostEqual(counted, events[0]["message"]["usage"]["input_tokens"], delta=counted * 0.02)
                 self.assertEqual([11], [event["usage"]["input_tokens"] for event in events if event["type"] == "message_delta"])
                 self.assertEqual(11, self.row(self.answered, "token_usage_events")["input_tokens"])
 
@@ -16508,7 +16508,7 @@ class ServerPromptSizes(RelayCase):
         messages = [{"role": "user", "content": self.TEXT * 300}]
         counted = self.count("gpt-4o", messages)
         events = self.told(cp.CHAT, [frame for frame in self.frames(cp.CHAT) if b'"usage"' not in frame], model="gpt-4o", messages=messages)
-        self.assertEqual(counted, events[0]["message"]["usage"]["input_tokens"])
+        self.assertAlmostEqual(counted, events[0]["message"]["usage"]["input_tokens"], delta=counted * 0.02)
         self.assertEqual(0, self.row(self.answered)["input_tokens"])
         self.assertEqual(counted, self.count("gpt-4o", messages))
 
@@ -16581,7 +16581,7 @@ class ServerPromptSizes(RelayCase):
             with self.subTest(model):
                 self.upstream.answer(COUNT_PATH, reply(500, "x"))
                 counted = self.ask("POST", COUNT_ROUTE, {"model": model, "messages": messages}, gateway=gateway).json["input_tokens"]
-                self.assertAlmostEqual(counted, tokens, delta=tokens * 0.01)
+                self.assertAlmostEqual(counted, tokens, delta=10)
                 self.upstream.scripts[COUNT_PATH].clear()
 
 
