@@ -1040,7 +1040,8 @@ def _parse(raw: bytes, decode: Callable[[str], Any]) -> Tuple[Any, str]:
         raise _bad_json(f"{exc.msg} at line {exc.lineno} column {exc.colno}") from exc
     except ValueError as exc:
         raise _bad_json(str(exc)) from exc
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(value):
+    few = len(raw) < LARGE_BODY and raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH  # of a large body, counting takes longer than looking
+    if not few and _is_deep(value):
         raise _bad_json(f"nested deeper than {MAX_DEPTH} levels")
     return value, text
 
