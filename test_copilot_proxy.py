@@ -37,6 +37,7 @@ import concurrent.futures
 import contextlib
 import copy
 import difflib
+import errno
 import gettext
 import glob
 import gzip
@@ -12255,6 +12256,61 @@ class HeldLines(LineCase):
         self.line.tick(1000.0, 10.0, 10.0)
         self.line.tick(2000.0, 10.0, 10.0)
         self.assertEqual((True, True), (self.line.gone, self.line.stopper.stopped))
+
+
+class ReadPieces(unittest.TestCase):
+    """`Conn.read_next`: the same bytes as `read`, out of a buffer that is small while upstream is no faster than we."""
+
+    def setUp(self) -> None:
+        self.far, near = socket.socketpair()
+        self.conn = cp.Conn(near, ("http", "upstream", ""))
+        self.addCleanup(self.far.close)
+        self.addCleanup(self.conn.close)
+
+    def test_every_byte_arrives_in_order_whatever_the_pieces(self):
+        chance, sent, got = random.Random(49), b"", b""
+        for size in (1, 2047, 2048, 2049, 5000, 1, 70000, 140000, 2048, 2048, 3):
+            data = chance.getrandbits(8 * size).to_bytes(size, "big")
+            thread = threading.Thread(target=self.far.sendall, args=(data,))
+            thread.start()
+            sent += data
+            while len(got) < len(sent):
+                got += self.conn.read_next(5)
+            thread.join()
+        self.assertEqual(sent, got)
+        self.far.close()
+        self.assertEqual(b"", self.conn.read_next(5))
+
+    def test_the_buffer_grows_while_more_waits_and_shrinks_again(self):
+        sizes = []
+        for data in (b"a" * 100, b"a" * 2048, b"a" * 2048, b"a" * 9000, b"a" * 9000, b"a" * 100):
+            self.far.sendall(data)
+            got = self.conn.read_next(5)
+            sizes.append((len(got) == len(data), self.conn._size))
+        small, large = (True, cp.Conn.SMALL_READ), (True, cp.READ_BYTES)
+        self.assertEqual([small, large, large, large, large, small], sizes)
+
+    def test_silence_is_told_with_its_length_and_another_time_counts_at_once(self):
+        for seconds in (0.02, 0.03):
+            begun = time.monotonic()
+            with self.assertRaisesRegex(cp.TransportError, f"upstream was silent for {seconds:g} s") as caught:
+                self.conn.read_next(seconds)
+            self.assertTrue(caught.exception.timed_out)
+            self.assertGreaterEqual(time.monotonic() - begun, 0.9 * seconds)
+
+    def test_a_reader_is_woken_by_the_stopper(self):
+        stopper = cp.Stopper()
+        stopper.attach(self.conn.sock)
+        threading.Timer(0.02, stopper.stop).start()
+        begun = time.monotonic()
+        self.assertEqual(b"", self.conn.read_next(30))
+        self.assertLess(time.monotonic() - begun, 10)
+
+    def test_a_connection_that_breaks_is_said(self):
+        with mock.patch.object(self.conn, "sock", mock.Mock(recv=mock.Mock(side_effect=ConnectionResetError(errno.ECONNRESET, "reset")))):
+            with self.assertRaisesRegex(cp.TransportError, "connection to upstream broke: reset") as caught:
+                self.conn.read_next(5)
+        self.assertFalse(caught.exception.timed_out)
 
 
 class WatchedClients(LineCase):
