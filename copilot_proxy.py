@@ -91,7 +91,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Pattern, Sequence, Set, Tuple,
                     Union)
 
@@ -719,6 +719,7 @@ class Failure(Value):
     request_id: Optional[str] = None
     headers: Tuple[Tuple[str, str], ...] = ()  # of upstream's answer, those that are relayed
     param: Optional[str] = None  # what upstream says the failure is about
+    told: Optional[Tuple[int, Dict[str, str], bytes]] = None  # (status, headers, body) that an error frame stood for; see `dated`
 
 
 # What an upstream answer means: the first row that fits counts. `statuses` None = any; the pattern is
@@ -730,13 +731,14 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((400, 413, 422, 500), r"model_max_prompt_tokens_exceeded|context_length_exceeded|prompt is too long"
      r"|prompt token count of \d+ exceeds|exceeds the context window|too large for model context window"
      r"|maximum context length|input is too long for requested model",                 "overflow",  "request",  ""),
+    (None,           r"websocket_(connection|stream)_limit_reached",                   "transport", "provider", TRANSIENT),
     ((400,),         r"unsupported_api_for_model|is not accessible via the",           "model",     "model",    ""),
     ((400,),         r"no_available_model_endpoints",                                  "policy",    "model",    ""),
     ((400, 404),     r"model_not_supported|model_not_found|model is not supported|requested model is not supported",
                                                                                        "model",     "model",    ""),
     ((400, 466),     r"editor-version|copilot-integration-id|personal access tokens are not supported",
                                                                                        "policy",    "provider", ""),
-    ((400,),         r"off_topic",                                                     "filter",    "request",  ""),
+    ((400,),         r"off_topic|cyber_policy",                                        "filter",    "request",  ""),
     ((401,),         r"authorize_url",                                                 "policy",    "account",  ""),
     ((401,),         r"auto-mode selector",                                            "request",   "request",  ""),
     ((401,),         r"",                                                              "auth",      "account",  RENEW),
@@ -745,6 +747,7 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((403,),         r"not licensed|not authorized to use this copilot feature|denied by copilot policy"
      r"|no_copilot_access|feature_flag_blocked",                                       "policy",    "account",  ""),
     ((403,),         r"quota|monthly limit|premium requests",                          "quota",     "account",  ""),
+    ((403,),         r"answered with an html page",                                    "policy",    "provider", ""),
     ((403,),         r"endpoint is forbidden",                                         "policy",    "account",  RENEW),
     ((403,),         r"",                                                              "auth",      "account",  RENEW),
     ((404,),         r"",                                                              "model",     "model",    ""),
@@ -753,8 +756,8 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((421,),         r"",                                                              "auth",      "account",  RENEW),
     ((422,),         r"",                                                              "filter",    "request",  ""),
     ((429,),         r"too many concurrent",                                           "rate",      "account",  TRANSIENT),
-    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|billing_not_configured|usage_limit_reached",
-                                                                                       "quota",     "account",  ""),
+    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|additional_spend_limit|billing_not_configured"
+     r"|usage_limit_reached",                                                          "quota",     "account",  ""),
     ((429,),         r"user_model_rate_limited|model_overloaded|agent_mode_limit",     "rate",      "model",    ""),
     ((429,),         r"integration_rate_limited|upstream_provider_rate_limit",         "rate",      "provider", ""),
     ((429,),         r"extension_blocked",                                             "policy",    "account",  ""),
@@ -802,7 +805,7 @@ def error_text(body: bytes) -> Tuple[str, Optional[str], Optional[Json]]:
     inner = parsed.get("error")
     inner = inner if isinstance(inner, dict) else parsed
     bare = parsed.get("error")
-    message = inner.get("message") or parsed.get("detail") or (bare if isinstance(bare, str) else None) or text
+    message = inner.get("message") or inner.get("detail") or parsed.get("detail") or (bare if isinstance(bare, str) else None) or text
     code = inner.get("code") or inner.get("type") if inner is not parsed else inner.get("code")
     return str(message), str(code) if code else None, parsed
 
@@ -856,6 +859,47 @@ def stated_reset(headers: Dict[str, str], parsed: Optional[Json]) -> Optional[fl
     return None
 
 
+# Headers that tell how full the buckets of a kind of limit are: `ent=1500&ov=0.0&ovPerm=false&rem=0.0&rst=2026-09-01T00%3A00%3A00Z`
+# (copilot-upstream 2.3). In frames the same stands in an object.
+BUCKETS = {"quota": "x-quota-snapshot-", "rate": "x-usage-ratelimit-"}
+ROLLING = frozenset(("session", "weekly"))
+
+
+def exhausted_until(kind: str, headers: Dict[str, str]) -> Optional[float]:
+    """When the last of the used-up buckets of a kind of limit is full again (Unix seconds)."""
+    prefix = BUCKETS.get(kind, "none")
+    buckets = [dict(parse_qsl(value)) for name, value in headers.items() if name.startswith(prefix)]
+    empty = [bucket for bucket in buckets if bucket.get("ovPerm") != "true" and bucket.get("ent") != "-1" and seconds_of(bucket.get("rem")) == 0]
+    return max(filter(None, (moment_of(bucket.get("rst")) for bucket in empty)), default=None)
+
+
+def moment_of(text: Optional[str]) -> Optional[float]:
+    """Unix seconds of `2026-09-01T00:00:00Z`, None when it is no moment."""
+    found = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", text or "")
+    try:
+        return float(email.utils.mktime_tz((*map(int, found.groups()), 0, 1, -1, 0))) if found else None
+    except ValueError:
+        return None
+
+
+def snapshot_headers(parsed: Optional[Json]) -> Dict[str, str]:
+    """The buckets of a body or frame as the headers that say the same on successes:
+
+    {"copilot_quota_snapshots":{"premium_interactions":{"entitlement":"1500","percent_remaining":0,"overage_permitted":false,
+     "overage_count":0,"reset_date":"2026-09-01T00:00:00Z"}}}   copilot-upstream 6.6; `entitlement` is a string
+    """
+    snapshots = (parsed or {}).get("copilot_quota_snapshots")
+    headers = {}
+    for name, bucket in snapshots.items() if isinstance(snapshots, dict) else ():
+        if isinstance(bucket, dict) and re.fullmatch(r"\w{1,40}", name):
+            fields = {"ent": bucket.get("entitlement"), "ov": bucket.get("overage_count"), "ovPerm": bucket.get("overage_permitted"),
+                      "rem": bucket.get("percent_remaining"), "rst": bucket.get("reset_date")}
+            headers[BUCKETS["rate" if name in ROLLING else "quota"] + name.lower()] = "&".join(
+                f"{field}={quote(value if isinstance(value, str) else json.dumps(value), safe='', errors='replace')}"
+                for field, value in fields.items() if isinstance(value, (str, int, float)))
+    return headers
+
+
 def overflow_numbers(message: str) -> Optional[Tuple[int, int]]:
     """(tokens sent, tokens allowed) where the message names both."""
     for pattern in OVERFLOW_NUMBERS:
@@ -890,8 +934,11 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
     for statuses, pattern, kind, scope, cure in FAILURE_ROWS:
         if (statuses is None or status in statuses) and re.search(pattern, haystack):
             break
+    headers = {**snapshot_headers(parsed), **headers}
     wait = stated_wait(headers, body.decode("utf-8", "replace"), now)
     resets = stated_reset(headers, parsed)
+    if wait is None and resets is None:
+        resets = exhausted_until(kind, headers)
     if resets is None and wait is not None:
         resets = now + wait
     if wait is None and resets is not None:
@@ -901,8 +948,22 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
                    resets_at=resets if kind in ("rate", "quota") else None,
                    overflow=overflow_numbers(message) if kind == "overflow" else None,
                    transient=cure == TRANSIENT, renew=cure == RENEW, param=error_param(parsed),
-                   request_id=headers.get("x-request-id") or headers.get("request-id") or headers.get("x-github-request-id"),
-                   headers=tuple(relayed_headers(headers)))
+                   request_id=request_id_of(headers), headers=tuple(relayed_headers(headers)))
+
+
+def request_id_of(headers: Dict[str, str]) -> Optional[str]:
+    """Upstream's name for one exchange."""
+    return headers.get("x-request-id") or headers.get("request-id") or headers.get("x-github-request-id")
+
+
+def dated(failure: Failure, headers: Dict[str, str], now: float) -> Failure:
+    """The failure of an error frame with what only the moment and the head of its answer can say; any other as it is."""
+    if failure.told is None:
+        return failure
+    again = classify(*failure.told, now)
+    named = {name for name, _ in again.headers}
+    return replace(again, told=failure.told, transient=failure.transient, request_id=again.request_id or request_id_of(headers),
+                   headers=again.headers + tuple(pair for pair in relayed_headers(headers) if pair[0] not in named))
 
 
 # What the user can do about a limit or a policy: (kind, pattern in "code message", advice); the first row that fits.
@@ -919,6 +980,7 @@ ADVICE = (
      "GitHub refuses this account or client: stop automated use, then sign in again (python copilot_proxy.py auth login)"),
     ("policy", r"editor-version|client not supported|integration-id",
      "set a newer identity.editorVersion, identity.pluginVersion and identity.userAgent in config.json"),
+    ("policy", r"html page",                      "something in front of upstream refuses this client: try another network or proxy, or set identity.userAgent"),
     ("policy", r"personal access token",          "this kind of token cannot be used: sign in with python copilot_proxy.py auth login"),
     ("policy", r"feature|policy",                 "an organization's owner must allow it in the Copilot policies of the organization"),
     ("policy", r"",                               "what this account may do is listed at https://github.com/settings/copilot"),
@@ -1691,7 +1753,8 @@ class Meter:
 
     Learns `usage`, `served_model` and `stop_reason`. Nothing is parsed per frame: the first frames are
     read, the last few reads are kept and read when the stream has ended. `ended` is set once a terminal frame
-    has gone out: nothing may follow it. `error` is the failure an error frame of upstream stands for.
+    has gone out: nothing may follow it. `error` is the failure an error frame of upstream stands for; one of another
+    form than the dialect's is held back, and `close` says it.
     """
 
     # finish chunk, usage chunk, cost chunk and [DONE] may each come in a read of their own
@@ -1740,19 +1803,32 @@ class Meter:
 CUT = Failure("transport", "provider", 502, "the upstream connection ended before the answer was complete", INTERRUPTED,
               transient=True)
 
-# The status an error frame would have had as an answer of its own, by its type or code up to a colon.
+# The status an error frame would have had as an answer of its own, by its type or code up to a colon. Sources: copilot-upstream 6.6,
+# 9.2, 10.4.
 STREAM_ERROR_STATUS = {
     **dict.fromkeys((
         "invalid_request_error", "invalid_request_body", "context_length_exceeded", "model_max_prompt_tokens_exceeded", "invalid_prompt",
         "invalid_tool_call_format", "invalid_function_parameters", "invalid_encrypted_content", "invalid_value", "unknown_parameter",
-        "unsupported_parameter", "unsupported_value", "unsupported_api_for_model", "model_not_supported", "no_available_model_endpoints"), 400),
-    "previous_response_not_found": 400, "cyber_policy": 422, "bad_request": 400, "authentication_error": 401,
-    "permission_error": 403, "not_found_error": 404, "not_found": 404, "request_too_large": 413, "content_filter": 422,
-    "rate_limit_error": 429, "rate_limit_exceeded": 429, "rate_limited": 429, "user_model_rate_limited": 429,
-    "user_global_rate_limited": 429, "integration_rate_limited": 429, "model_overloaded": 429, "quota_exceeded": 402,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500, "internal_error": 500,
-    "server_is_overloaded": 503, "service_unavailable": 503, "overloaded_error": 529,
+        "unsupported_parameter", "unsupported_value", "unsupported_api_for_model", "model_not_supported", "no_available_model_endpoints",
+        "previous_response_not_found", "bad_request"), 400),
+    **dict.fromkeys(("authentication_error", "session_expired"), 401),
+    **dict.fromkeys(("quota_exceeded", "free_quota_exceeded", "overage_limit_reached", "additional_spend_limit_reached",
+                     "session_quota_exceeded", "billing_not_configured"), 402),
+    **dict.fromkeys(("permission_error", "usage_not_included"), 403),
+    **dict.fromkeys(("not_found_error", "not_found"), 404),
+    "user_request_timeout": 408, "request_too_large": 413,
+    **dict.fromkeys(("content_filter", "cyber_policy"), 422),
+    **dict.fromkeys((
+        "rate_limit_error", "rate_limit_exceeded", "rate_limited", "user_model_rate_limited", "user_global_rate_limited",
+        "user_weekly_rate_limited", "integration_rate_limited", "model_overloaded", "agent_mode_limit_exceeded",
+        "upstream_provider_rate_limit", "extension_blocked", "usage_limit_reached", "insufficient_quota"), 429),
+    **dict.fromkeys(("api_error", "server_error", "internal_error"), 500),
+    **dict.fromkeys(("server_is_overloaded", "service_unavailable", "slow_down"), 503),
+    "overloaded_error": 529,
 }
+# Limits of a WebSocket, not of the request: a new socket cures them, whatever status the frame names (400, 429).
+SOCKET_LIMITS = frozenset(("websocket_connection_limit_reached", "websocket_stream_limit_reached"))
+FRAME_MEMBERS = frozenset(("headers", "status", "status_code", "copilot_quota_snapshots", "sequence_number", "event_id"))
 
 
 def is_error_object(body: Json) -> bool:
@@ -1761,15 +1837,67 @@ def is_error_object(body: Json) -> bool:
 
 
 def stream_failure(body: Json) -> Failure:
-    """What an error frame inside a stream says, as if it had come with a status; 502 when it names none.
+    """What an error frame says, as if it had come as an answer of its own; 502 when it names no status.
 
     {"error":{"message","code"}}   {"type":"error","error":{"type","message"}}   {"type":"error","code","message"}
+    {"type":"error","status":429,"error":{…},"headers":{"retry-after":"3600"}}   {…,"copilot_quota_snapshots":{…}}
     """
-    inner = body.get("error") if isinstance(body.get("error"), dict) else body
+    inner = body.get("error")
+    if isinstance(inner, str):
+        inner = {"message": inner}
+    elif not isinstance(inner, dict):
+        inner = {name: value for name, value in body.items() if name not in FRAME_MEMBERS}
+    status = frame_status(body, inner)
+    told = {"error": inner, **{name: value for name, value in body.items() if name == "copilot_quota_snapshots"}}
+    failure = framed_failure(status or 502, frame_headers(body), dump_json(told))
+    return failure if status else replace(failure, transient=False)  # nobody knows whether it would pass
+
+
+def frame_status(body: Json, inner: Json) -> Optional[int]:
+    """The status of an error frame: as it states, by its code or type, or by its words."""
     names = [str(inner.get(key)).partition(":")[0] for key in ("code", "type") if inner.get(key)]
-    usual = 400 if overflows(str(inner.get("message"))) else 502
-    status = next((STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS), usual)
-    return classify(status, {}, dump_json({"error": inner}), 0.0)
+    if not SOCKET_LIMITS.isdisjoint(names):
+        return 503
+    said = [value for value in (body.get("status"), body.get("status_code"), inner.get("code")) if type(value) is int and 400 <= value <= 599]
+    said += [STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS]
+    return said[0] if said else worded_status(inner)
+
+
+# Words of answers whose status says the rest (copilot-upstream 9.2).
+STATUS_WORDS = ((r"unauthorized", 401), (r"entity too large", 413), (r"misdirected request", 421), (r"responsible ai", 422),
+                (PROSE_WAIT, 429), (r"service unavailable", 503))
+
+
+def worded_status(inner: Json) -> Optional[int]:
+    """The status that goes with the words of an error: that of the first row of FAILURE_ROWS they fit."""
+    text = f"{inner.get('code') or ''} {inner.get('message') or dump_json(inner).decode()}".lower()
+    for statuses, pattern, kind, _, _ in FAILURE_ROWS:
+        if pattern and re.search(pattern, text):
+            return statuses[0] if statuses else 402 if kind == "quota" else 429
+    return next((status for pattern, status in STATUS_WORDS if re.search(pattern, text)), None)
+
+
+def frame_headers(body: Json) -> Dict[str, str]:
+    """The `headers` of an error frame: those that could stand in a head."""
+    given = body.get("headers")
+    pairs = [(name.lower(), str(value)) for name, value in given.items() if isinstance(value, (str, int, float))] if isinstance(given, dict) else []
+    return {name: value for name, value in pairs if re.fullmatch(r"[\w-]{1,100}", name, re.A) and re.fullmatch(r"[ -~]{1,2000}", value)}
+
+
+def framed_failure(status: int, headers: Dict[str, str], body: bytes) -> Failure:
+    """The verdict on what a frame tells. There is no clock here: `dated` says later when a limit ends."""
+    return replace(classify(status, headers, body, 0.0), resets_at=None, told=(status, headers, body))
+
+
+# What a WebSocket close code stands for before the answer is complete (RFC 6455, 7.4.1; copilot-upstream 6.6); any other is a cut.
+CLOSE_STATUS = {1008: 403, 1009: 413, 1011: 500, 1012: 503, 1013: 503}
+
+
+def closed_failure(code: int, reason: str) -> Failure:
+    """The failure of a WebSocket that upstream closed before its answer was complete."""
+    said = reason or f"upstream closed the WebSocket ({code})"
+    status = CLOSE_STATUS.get(code)
+    return framed_failure(status, {}, dump_json({"error": {"message": said}})) if status else replace(CUT, message=said)
 
 
 # ---- meanings ---------------------------------------------------------------
@@ -4624,7 +4752,7 @@ class ResponsesReader:
         said = name_in(event, "type").partition(".")[2]
         status = said if said in ("failed", "cancelled") else name_in(response, "status") or said
         if status in ("failed", "cancelled"):
-            return self._failed(response, status)
+            return self._failed(event, response, status)
         self._rest(responses_list(response.get("output")))
         details = response.get("incomplete_details")
         reason = (name_in(details, "reason") or None) if status == "incomplete" else None
@@ -4643,11 +4771,12 @@ class ResponsesReader:
         for place in list(self._parts):
             self._close(place)
 
-    def _failed(self, response: Json, status: str) -> None:
+    def _failed(self, event: Json, response: Json, status: str) -> None:
         inner = response.get("error")
         if isinstance(inner, dict):
-            return self._fail(stream_failure({"error": inner}))
-        self._held = stream_failure({"error": {"message": f"the response {'failed' if status == 'failed' else 'was cancelled'}"}})
+            return self._fail(stream_failure({**response, **event, "error": inner}))
+        said = f"the response {'failed' if status == 'failed' else 'was cancelled'}"
+        self._held = stream_failure({**response, **event, "error": {"message": said}})
 
     def _error(self, event: Json) -> None:
         self._fail(stream_failure(event))
@@ -5142,17 +5271,17 @@ class ResponsesMeter(Meter):
         self._response: Json = {}  # the object of `response.created`
 
     def relayed(self, frames: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if b'"response"' not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
     def passes(self, around: bytes) -> bool:
-        return not self.ended and b'"response"' not in around and b"error" not in around
+        return not self.ended and self.error is None and b'"response"' not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if b'"response"' not in frame and b"error" not in frame:
             return frame
@@ -5161,7 +5290,7 @@ class ResponsesMeter(Meter):
             return frame
         if event.get("type") == "error" or is_error_object(event):
             self.error = stream_failure(event)
-            return self._failed()
+            return b""
         if isinstance(event.get("response"), dict):
             return self._lifecycle(frame, event, event["response"])
         return frame
@@ -5191,12 +5320,12 @@ class ResponsesMeter(Meter):
         self.stop_reason = text_or_none(reason) or text_or_none(response.get("status"))
         if event.get("type") == "response.failed":
             inner = response.get("error")
-            self.error = stream_failure({"error": inner if isinstance(inner, dict) else {"message": "the response failed"}})
+            self.error = stream_failure({**response, **event, "error": inner if isinstance(inner, dict) else {"message": "the response failed"}})
 
     def close(self, failure: Optional[Failure]) -> bytes:
         if self.ended:
             return b""
-        self.error = failure or CUT
+        self.error = failure or self.error or CUT
         return self._failed()
 
     def _failed(self) -> bytes:
@@ -6230,17 +6359,17 @@ class MessagesMeter(Meter):
         self._started = False
 
     def relayed(self, frames: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if self._started and b"message_stop" not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
     def passes(self, around: bytes) -> bool:
-        return self._started and not self.ended and b"message_stop" not in around and b"error" not in around
+        return self._started and not self.ended and self.error is None and b"message_stop" not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if not self._started and b"message_start" in frame:
             self._start(frame)
@@ -6272,21 +6401,20 @@ class MessagesMeter(Meter):
             self._billed = billed_nano(event) or billed_nano(message)
 
     def _failed(self, frame: bytes) -> bytes:
-        """An error frame as it came, or in this dialect's form if it has another one; any other frame untouched."""
+        """An error frame as it came, or nothing if it has another form than this dialect's; any other frame untouched."""
         event = frame_json(frame) or {}
         if event.get("type") != "error" and not is_error_object(event):
             return frame
-        self.error, self.ended = stream_failure(event), True
-        if event.get("type") == parse_frame(frame)[0] == "error":
-            return frame
-        return format_sse("error", self._codec.encode_error(UpstreamError(self.error)))
+        self.error = stream_failure(event)
+        self.ended = event.get("type") == parse_frame(frame)[0] == "error"
+        return frame if self.ended else b""
 
     def close(self, failure: Optional[Failure]) -> bytes:
         self._learn()
         if self.ended:
             return b""
         self.ended = True
-        self.error = failure or CUT
+        self.error = failure or self.error or CUT
         return format_sse("error", self._codec.encode_error(UpstreamError(self.error)))
 
     def _learn(self) -> None:
@@ -6928,7 +7056,7 @@ def gemini_failure(error: Json) -> Failure:
     if type(code) is not int or not 400 <= code <= 599:
         code = GEMINI_CODES.get(word, 502)
     told = {"message": text_or_none(error.get("message")) or word or "upstream sent an error without a text", "code": word or None}
-    return classify(code, {}, dump_json({"error": told}), 0.0)
+    return framed_failure(code, {}, dump_json({"error": told}))
 
 
 def gemini_error(error: ProxyError) -> Json:
@@ -14926,6 +15054,8 @@ def error_headers(error: ProxyError) -> List[Tuple[str, str]]:
     """Headers of an error answer: what upstream said about limits, and that a retry is of no use where it is."""
     failure = getattr(error, "failure", None)
     headers = list(error.headers.items())
+    if failure is not None and failure.wait_s is not None and "retry-after" not in error.headers:
+        headers.append(("retry-after", str(math.ceil(failure.wait_s))))  # upstream said it in words or in a frame
     if error.final or failure is not None and (failure.kind in NO_RETRY_KINDS or is_long(failure)):
         headers.append(("x-should-retry", "false"))
     return headers
@@ -15322,6 +15452,10 @@ class Batches:
         self._answer = answer
         self.failure: Optional[Failure] = None
 
+    def dated(self, failure: Failure) -> Failure:
+        """What a frame of this stream told, at the moment it came."""
+        return dated(failure, self._answer.headers, time.time())
+
     def __iter__(self) -> Iterator[bytes]:
         buffer = FrameBuffer()
         while True:
@@ -15381,21 +15515,21 @@ class PassThroughRoad(Road):
                 out = passage.feed(frames)
                 if not self.relayed and meter.error is not None:
                     raise UpstreamError(meter.error)
-                if meter.ended:
+                if meter.ended or meter.error is not None:
                     last = out
                     break
                 if out:
                     self.relay(answer, out)
             if not self.relayed and not meter.ended:
                 raise UpstreamError(batches.failure or CUT)
-            last += meter.close(batches.failure)
+            last += meter.close(batches.failure if meter.error is None else batches.dated(meter.error))
         except (ClientGone, UpstreamError):
             meter.close(CUT)  # what was used so far is still billed
             raise
         finally:
             self.exchange.usage, self.exchange.served_model = meter.usage, meter.served_model
             self.exchange.stop_reason = meter.stop_reason
-        self.finish(answer, last, meter.error)
+        self.finish(answer, last, None if meter.error is None else batches.dated(meter.error))
 
     def not_a_stream(self, answer: Answer) -> None:
         """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
@@ -15618,7 +15752,7 @@ class Tally:
         if type(end) is ReplyStop:
             self.ended, self.stop_reason, self.usage = True, end.reason, end.usage or self.usage
             return end
-        self.failure = self._batches.failure if end.failure.code == INTERRUPTED and self._batches.failure else end.failure
+        self.failure = self._batches.failure if end.failure.code == INTERRUPTED and self._batches.failure else self._batches.dated(end.failure)
         if not self._road.relayed:
             raise UpstreamError(self.failure)
         self.ended = True
@@ -15887,20 +16021,28 @@ class Gateway:
                 (road.stream if streamed else road.not_a_stream)(answer)
             else:
                 (road.assembled if plan.assembled and streamed else road.whole)(answer)
+        except UpstreamError as error:
+            if error.failure.told is None:
+                raise
+            raise UpstreamError(dated(error.failure, answer.headers, time.time())) from error
         finally:
             answer.close()
 
     def _repeated(self, once: Callable[[], None], line: ClientLine, exchange: Exchange) -> None:
-        """Runs one relay, again when upstream broke off before anything reached the client; then 504 names the tries."""
+        """Runs one relay, again where upstream broke off before anything reached the client, or opened its stream with an
+        error on which Sender would repeat. Given up: 504 names the tries, or the error of the last."""
         repeats = 0
         while True:
             try:
                 return once()
             except UpstreamError as error:
-                if error.failure.code != INTERRUPTED:
+                failure = error.failure
+                if failure.code != INTERRUPTED and failure.told is None:
                     raise
-                if not self._sender.wait_to_repeat(error.failure, repeats, line.stopper):
-                    raise UpstreamError(unreachable(error.failure.message, exchange.attempts)) from error
+                if not self._sender.wait_to_repeat(failure, repeats, line.stopper):
+                    if failure.told is not None:
+                        raise
+                    raise UpstreamError(unreachable(failure.message, exchange.attempts)) from error
                 repeats += 1
 
     def _permit(self, plan: Plan, stopper: Stopper) -> None:

@@ -472,6 +472,21 @@ ERROR_ROWS = [
     ("503 text", 503, {}, "service unavailable", TEXT),
     ("504 text", 504, {}, "upstream request timeout", TEXT),
     ("529 overloaded", 529, {}, anthropic_error("Overloaded", 529), JSON_TYPE),
+    # Codex (10.4)
+    ("400 invalid_prompt", 400, {}, capi("Invalid prompt", "invalid_prompt"), JSON_TYPE),
+    ("400 cyber_policy", 400, {}, capi("This request was flagged.", "cyber_policy"), JSON_TYPE),
+    ("400 context_length_exceeded", 400, {}, capi("Too long", "context_length_exceeded"), JSON_TYPE),
+    ("400 invalid_encrypted_content", 400, {}, capi("The encrypted content could not be verified.", "invalid_encrypted_content"), JSON_TYPE),
+    ("400 detail", 400, {}, dumps({"detail": "Store must be set to false"}), JSON_TYPE),
+    ("403 usage_not_included", 403, {}, dumps({"error": {"type": "usage_not_included", "message": "not included"}}), JSON_TYPE),
+    ("403 html", 403, {}, "<!DOCTYPE html><html><head><title>Just a moment...</title></head></html>", "text/html"),
+    ("429 usage_not_included", 429, {}, dumps({"error": {"type": "usage_not_included", "message": "not included"}}), JSON_TYPE),
+    ("429 usage_limit_reached", 429, {}, dumps({"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached", "plan_type": "plus",
+                                                          "resets_in_seconds": 9000}}), JSON_TYPE),
+    ("429 rate_limit_exceeded", 429, {}, capi("Rate limit reached. Please try again in 1.2s.", "rate_limit_exceeded"), JSON_TYPE),
+    ("429 insufficient_quota", 429, {}, capi("You exceeded your current quota.", "insufficient_quota"), JSON_TYPE),
+    ("503 server_is_overloaded", 503, {}, capi("Selected model is at capacity.", "server_is_overloaded"), JSON_TYPE),
+    ("503 slow_down", 503, {}, capi("slow down", "slow_down"), JSON_TYPE),
     ("200 chat stream error", 200, {}, 'data: {"error":{"message":"upstream failed","code":"server_error"}}\n\n', SSE),
     ("200 messages stream error", 200, {}, 'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}\n\n', SSE),
     ("200 responses stream error", 200, {}, 'event: error\ndata: {"type":"error","code":"server_error","message":"upstream failed","param":null,"sequence_number":0}\n\n', SSE),
@@ -3417,6 +3432,19 @@ VERDICTS = {
     "503 text":                              ("rate",      "provider", "transient", None,     None),
     "504 text":                              ("transport", "provider", "transient", None,     None),
     "529 overloaded":                        ("rate",      "provider", "",          None,     None),
+    "400 invalid_prompt":                    ("request",   "request",  "",          None,     None),
+    "400 cyber_policy":                      ("filter",    "request",  "",          None,     None),
+    "400 context_length_exceeded":           ("overflow",  "request",  "",          None,     None),
+    "400 invalid_encrypted_content":         ("request",   "request",  "",          None,     None),
+    "400 detail":                            ("request",   "request",  "",          None,     None),
+    "403 usage_not_included":                ("policy",    "account",  "",          None,     None),
+    "403 html":                              ("policy",    "provider", "",          None,     None),
+    "429 usage_not_included":                ("policy",    "account",  "",          None,     None),
+    "429 usage_limit_reached":               ("quota",     "account",  "",          9000.0,   None),
+    "429 rate_limit_exceeded":               ("rate",      "account",  "",          1.2,      None),
+    "429 insufficient_quota":                ("quota",     "account",  "",          None,     None),
+    "503 server_is_overloaded":              ("rate",      "provider", "transient", None,     None),
+    "503 slow_down":                         ("rate",      "provider", "transient", None,     None),
 }
 REFUSALS_OF_UPSTREAM = [row for row in ERROR_ROWS if row[1] != 200]
 KINDS = frozenset(("rate", "quota", "overflow", "auth", "policy", "transport", "model", "filter", "request"))
@@ -3458,7 +3486,7 @@ class Classification(unittest.TestCase):
                 "", "prompt is too long", "unsupported_api_for_model", "no_available_model_endpoints", "model_not_supported",
                 "editor-version", "off_topic", "authorize_url", "auto-mode selector", "session_quota_exceeded", "usage_not_included",
                 "not licensed", "quota", "endpoint is forbidden", "too many concurrent", "quota_exceeded", "rate limit",
-                "user_model_rate_limited", "integration_rate_limited", "extension_blocked")):
+                "user_model_rate_limited", "integration_rate_limited", "extension_blocked", "websocket_connection_limit_reached", "answered with an html page")):
             haystack = " " + text
             reached.add(next(at for at, (statuses, pattern, *_) in enumerate(cp.FAILURE_ROWS)
                              if (statuses is None or status in statuses) and re.search(pattern, haystack)))
@@ -4161,6 +4189,124 @@ class MeterLaws:
             buffer, meter = cp.FrameBuffer(), self.codec.meter(TRACE)
             run_meter(meter, [buffer.feed(junk), buffer.feed(b"\n\n")], CABLE_CUT)
             self.assertTrue(meter.ended)
+
+
+def error_frame(row: Tuple[Any, ...], status: bool = True) -> Json:
+    """A row of ERROR_ROWS as a WebSocket tells it (copilot-upstream 6.6, 10.4)."""
+    _, code, headers, body, _ = row
+    value = parsed_or_none(body)
+    inner = {"message": body.strip()} if value is None else value["error"] if isinstance(value.get("error"), dict) else value
+    return {"type": "error", **({"status": code, "headers": {name.title(): value for name, value in headers.items()}} if status else {}), "error": inner}
+
+
+def parsed_or_none(body: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+class ErrorFrames(unittest.TestCase):
+    """One classification for answers and for frames, of streams and of WebSockets."""
+
+    # Rows that only their status tells: a frame without one says 502.
+    MUTE = {"400 detail", "403 html", "404 text", "404 json", "413 failed to parse", "424 agent dependency", "466 client too old", "499 cancelled"}
+    SNAPSHOT = {"entitlement": "1500", "percent_remaining": 0, "overage_permitted": False, "overage_count": 0, "reset_date": "2026-09-01T00:00:00Z"}
+    MONTH = NOW + 220800.0
+
+    def told(self, frame: Json, headers: Optional[Dict[str, str]] = None) -> cp.Failure:
+        return cp.dated(cp.stream_failure(frame), headers or {}, NOW)
+
+    def test_every_row_tells_the_same_in_a_frame(self):
+        for row in REFUSALS_OF_UPSTREAM:
+            with self.subTest(row[0]):
+                failure, wanted = self.told(error_frame(row)), classify_row(row)
+                if row[4] == "text/html":
+                    self.assertEqual((wanted.status, "transport" if row[1] >= 500 else "auth"), (failure.status, failure.kind))  # a frame holds no page
+                else:
+                    failure.told = None
+                    failure.message = failure.message if "message" in row[3] or row[3][:1] not in ("", "{") or "detail" in row[3] else wanted.message
+                    self.assertEqual(repr(wanted), repr(failure))
+
+    def test_without_a_status_code_and_words_tell_it(self):
+        for row in REFUSALS_OF_UPSTREAM:
+            with self.subTest(row[0]):
+                kind, scope, *_ = VERDICTS[row[0]] if row[0] not in self.MUTE else ("transport", "provider")
+                failure = self.told(error_frame(row, status=False))
+                self.assertEqual((kind, scope), (failure.kind, failure.scope))
+
+    def test_what_nobody_knows_is_not_repeated(self):
+        self.assertEqual((502, False), (self.told({"error": {"message": "odd", "code": "odd"}}).status, self.told({"error": {"message": "odd"}}).transient))
+
+    def test_the_frames_of_the_reference(self):
+        limited = {"type": "error", "error": {"code": "user_global_rate_limited:pro", "message": SORRY_5H}, "copilot_quota_snapshots": {"premium_interactions": self.SNAPSHOT}}
+        codex = {"type": "error", "status": 429, "error": {"type": "usage_limit_reached", "code": None, "message": "The usage limit has been reached", "resets_at": NOW + 60},
+                 "headers": {"Retry-After": 9000, "X-Request-Id": "r-1", "x-odd": ["a"], "x-ratelimit-evil": "a\r\nset-cookie: b"}}
+        exhausted = {"error": {"code": "quota_exceeded", "message": NO_QUOTA}, "copilot_quota_snapshots": {"premium_interactions": self.SNAPSHOT, "chat": {"entitlement": "-1", "percent_remaining": 0}}}
+        weekly = {"error": {"code": "user_weekly_rate_limited", "message": "Sorry"}, "copilot_quota_snapshots": {"weekly": self.SNAPSHOT}}
+        for frame, verdict in ((limited, ("rate", "account", 429, 2733.0, NOW + 2733)), (codex, ("quota", "account", 429, 9000.0, NOW + 60)),
+                               (exhausted, ("quota", "account", 402, 220800.0, self.MONTH)), (weekly, ("rate", "account", 429, 220800.0, self.MONTH)),
+                               ({"error": {"code": "session_expired", "message": "again"}}, ("auth", "account", 401, None, None)),
+                               ({"type": "error", "status": 400, "error": {"code": "websocket_connection_limit_reached", "message": "60 minutes"}}, ("transport", "provider", 503, None, None)),
+                               ({"type": "error", "status_code": 429, "code": "x", "message": "slow"}, ("rate", "account", 429, None, None)),
+                               ({"error": {"code": 429, "message": "slow"}}, ("rate", "account", 429, None, None)),
+                               ({"error": "Rate limit reached, try again in 20s"}, ("rate", "account", 429, 20.0, NOW + 20))):
+            with self.subTest(frame=frame):
+                failure = self.told(frame)
+                self.assertEqual(verdict, (failure.kind, failure.scope, failure.status, failure.wait_s, failure.resets_at))
+        self.assertEqual(("r-1", (("retry-after", "9000"),)), (self.told(codex).request_id, self.told(codex).headers))
+        self.assertTrue(self.told({"error": {"code": "websocket_connection_limit_reached"}}).transient)
+
+    def test_a_bucket_that_is_not_empty_or_may_be_exceeded_resets_nothing(self):
+        for change in ({"percent_remaining": 0.5}, {"overage_permitted": True}, {"entitlement": "-1"}, {"reset_date": None}, {"reset_date": "soon"}, {"reset_date": "2026-99-01T00:00:00Z"}):
+            with self.subTest(change):
+                frame = {"error": {"code": "quota_exceeded", "message": NO_QUOTA}, "copilot_quota_snapshots": {"premium_interactions": {**self.SNAPSHOT, **change}, "x y": 1, "z": 2}}
+                self.assertEqual((None, None), (self.told(frame).wait_s, self.told(frame).resets_at))
+
+    def test_an_answer_tells_its_buckets_by_header(self):
+        full = "ent=1500&ov=0.0&ovPerm=false&rem=0.0&rst=2026-09-01T00%3A00%3A00Z&totRem=0.0"
+        self.assertEqual(self.MONTH, cp.classify(402, {"x-quota-snapshot-premium_models": full}, b"", NOW).resets_at)
+        self.assertEqual(self.MONTH, cp.classify(429, {"x-usage-ratelimit-weekly": full}, b"", NOW).resets_at)
+        self.assertIsNone(cp.classify(429, {"x-quota-snapshot-premium_models": full}, b"", NOW).resets_at)
+
+    def test_every_codec_reads_them_wherever_they_stand(self):
+        error = {"code": "user_global_rate_limited:pro", "message": "Sorry"}
+        more = {"copilot_quota_snapshots": {"session": self.SNAPSHOT}, "headers": {"x-request-id": "r-2"}}
+        for dialect, data, event in ((cp.CHAT, {"error": error, **more}, None), (cp.MESSAGES, {"type": "error", "error": error, **more}, "error"),
+                                     (cp.RESPONSES, {"type": "error", "error": error, **more}, "error"), (cp.RESPONSES, {"type": "error", **error, **more}, "error"),
+                                     (cp.RESPONSES, {"type": "response.failed", "response": {"status": "failed", "error": error}, **more}, "response.failed"),
+                                     (cp.RESPONSES, {"type": "response.failed", "response": {"status": "failed", "error": error, **more}}, "response.failed")):
+            meter = cp.CODECS[dialect].meter(TRACE)
+            meter.feed(sse(data, event))
+            faults = [event for events in cp.CODECS[dialect].decode_stream([cp.parse_frames(sse(data, event))]) for event in events if isinstance(event, cp.Fault)]
+            for reader, failure in (("meter", meter.error), ("decoder", faults[0].failure)):
+                with self.subTest(dialect, data=data, reader=reader):
+                    failure = cp.dated(failure, {"x-request-id": "head", "x-ratelimit-exceeded": "weekly", "retry-after": "1"}, NOW)
+                    self.assertEqual(("rate", 429, 220800.0, self.MONTH, "r-2"), (failure.kind, failure.status, failure.wait_s, failure.resets_at, failure.request_id))
+                    self.assertIn(("x-ratelimit-exceeded", "weekly"), failure.headers)
+
+    def test_without_a_clock_nothing_resets(self):
+        for frame in ({"error": {"code": "rate_limited", "message": SORRY_5H}}, {"error": {"code": "rate_limited", "resets_at": NOW + 60}}):
+            self.assertIsNone(cp.stream_failure(frame).resets_at)
+            self.assertNotIn("1970", cp.UpstreamError(cp.stream_failure(frame)).message)
+
+    def test_random_frames_are_always_classified(self):
+        chance = random.Random(31)
+        values = (None, True, 5, 429, "x", "429", "\ud800", [], {}, {"a": 1}, {"message": 5}, {"code": "quota_exceeded"}, {"retry-after": "1e999"}, {"premium": {"percent_remaining": 0, "reset_date": 5}}, float("1e300"))
+        for _ in range(2000):
+            frame = {name: chance.choice(values) for name in chance.sample(("type", "error", "status", "status_code", "headers", "copilot_quota_snapshots", "code", "message"), 4)}
+            failure = self.told(frame)
+            self.assertTrue(failure.kind in KINDS and 400 <= failure.status <= 599 and failure.message, frame)
+            self.assertTrue(cp.UpstreamError(failure).message, frame)
+
+    def test_close_codes(self):
+        for code, kind, status, transient in ((1000, "transport", 502, True), (1006, "transport", 502, True), (1008, "auth", 403, False), (1009, "request", 413, False), (1011, "transport", 500, False),
+                                              (1012, "rate", 503, True), (1013, "rate", 503, True)):
+            for reason in ("", "message too big, try again in 5s"):
+                with self.subTest(code, reason=reason):
+                    failure = cp.dated(cp.closed_failure(code, reason), {}, NOW)
+                    self.assertEqual((kind, status, transient), (failure.kind, failure.status, failure.transient))
+                    self.assertIn(reason or str(code), failure.message)
 
 
 class StreamErrors(unittest.TestCase):
@@ -18014,6 +18160,61 @@ class LongLimits(LimitCase):
     def test_a_limit_known_to_be_long_does_not_keep_the_next_request_from_upstream(self):
         self.upstream.answer(CHAT_PATH, LONG_LIMIT)
         self.assertEqual([429, 200], [self.put(cp.CHAT, False).reply().status for _ in range(2)])
+
+
+class RefusalsTold(LimitCase):
+    """Every refusal of upstream's as its client meets it: as an answer, and as the first frame of a stream."""
+
+    config = {"streams": {"keepAliveSeconds": 1, "statusHoldSeconds": 1, "retryWaitSeconds": 0.01}}
+    # A past date says "now"; a renewed token is tried once, but no frame has ever told of one that was refused.
+    ROWS = [row for row in REFUSALS_OF_UPSTREAM if row[1] != 400 and "date" not in row[0]]
+
+    def test_each_is_classified_told_and_repeated_alike(self):
+        for row, framed in itertools.product(self.ROWS, (False, True)):
+            name, status, headers, body, content_type = row
+            kind, scope, cure, wait, _ = VERDICTS[name]
+            if framed and content_type == "text/html":
+                continue
+            with self.subTest(name, framed=framed):
+                self.forget()
+                step = stream(sse(error_frame(row))) if framed else reply(status, body, headers, content_type)
+                self.upstream.answer(CHAT_PATH, *[step] * 5)
+                answer = self.put(cp.CHAT, True).reply()
+                final = kind in ("auth", "policy", "quota", "overflow") or (wait or 0) >= 60
+                tries = 4 if cure == "transient" and wait is None else 2 if cure == "renew" and not framed else 1
+                self.assertEqual((status, "false" if final else None, tries),
+                                 (answer.status, answer.headers.get("x-should-retry"), len(self.seen_models())), answer.text[:200])
+                self.assertEqual(wait and math.ceil(wait), wait and int(answer.headers["retry-after"]))
+                found = self.row(answer)
+                self.assertEqual((kind, wait is not None), (found["failure_kind"], found["resets_at"] is not None))
+                if wait:
+                    self.assertAlmostEqual(time.time() + wait, found["resets_at"], delta=30)
+
+    def test_a_frame_behind_the_first_ends_the_stream_with_the_same_words(self):
+        told = {"error": {"code": "user_global_rate_limited:pro", "message": "Sorry"}, "headers": {"retry-after": "9000"}}
+        for dialect, streamed in itertools.product((cp.CHAT, cp.RESPONSES, cp.MESSAGES), (CHAT_PATH, RESPONSES_PATH)):
+            upstream = cp.CHAT if streamed == CHAT_PATH else cp.RESPONSES
+            with self.subTest(dialect, upstream=upstream):
+                self.forget()
+                frame = sse({"type": "error", **told}, "error" if upstream == cp.RESPONSES else None)
+                self.upstream.answer(streamed, stream(*script(upstream)[:4], 0.01, frame))
+                answer = self.put(dialect, True, MODEL_OF[upstream]).reply()
+                self.assertEqual((200, ""), (answer.status, COMPLAINTS[dialect](answer.body)))
+                self.assertIn("Sorry", answer.text)
+                self.assertEqual(dialect != upstream or dialect == cp.RESPONSES, "resets " in answer.text, answer.text)
+                found = self.row(answer)
+                self.assertEqual(("rate", "upstream_error"), (found["failure_kind"], found["outcome"]))
+                self.assertAlmostEqual(time.time() + 9000, found["resets_at"], delta=30)
+
+    def test_a_short_wait_told_by_a_frame_is_waited_out(self):
+        told = {"error": {"code": "rate_limited", "message": "Sorry"}, "headers": {"retry-after-ms": 5}}
+        for dialect, streamed in self.ROADS:
+            with self.subTest(dialect, stream=streamed):
+                self.forget()
+                path = self.path_of(self.ASKED[dialect], dialect)
+                self.upstream.answer(path, stream(sse({"type": "error", **told}, "error")) if streamed else reply(200, told))
+                answer = self.put(dialect, streamed).reply()
+                self.assertEqual((200, 2), (answer.status, len(self.seen_models())), answer.text[:300])
 
 
 class QueuedRequests(LimitCase):
