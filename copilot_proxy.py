@@ -453,6 +453,15 @@ class Fault(Event):
         self.failure = failure
 
 
+class Used(Event):
+    """What has been used so far, where upstream says it before the end. Nothing for the client: if the stream breaks off, it is billed."""
+
+    __slots__ = ("usage",)
+
+    def __init__(self, usage: Usage) -> None:
+        self.usage = usage
+
+
 class Pulse(Event):
     """Upstream is alive, nothing else."""
 
@@ -1769,6 +1778,7 @@ class Meter:
         self.error: Optional[Failure] = None
         self.ended = False
         self._recent: deque = deque(maxlen=self.KEPT_READS)
+        self._told = b""  # the last read that spoke of usage
 
     def feed(self, frames: bytes) -> bytes:
         """Remembers the frames, and gives those to relay."""
@@ -1791,6 +1801,16 @@ class Meter:
         """Remembers a read; comments alone (upstream's own keep-alives) would push the last frames out."""
         if b"data:" in frames and not self.ended:
             self._recent.append(frames)
+        if b'_tokens"' in frames:
+            self._told = frames
+
+    def _last_told(self) -> Iterator[Json]:
+        """The JSON of the last frames that spoke of usage, newest first: where it grows on the way they may be long gone from those kept."""
+        told = [frame for frame in split_frames(self._told) if b'_tokens"' in frame]
+        for frame in told[:-self.KEPT_FRAMES - 1:-1]:
+            value = frame_json(frame)
+            if value is not None:
+                yield value
 
     def _last_objects(self) -> Iterator[Json]:
         """The JSON of the frames kept, newest first."""
@@ -2107,20 +2127,25 @@ def opening(block: Block) -> Block:
 def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event]]:
     """The same stream under the hub's grammar, whatever the decoder gave:
 
-        ReplyStart (Pulse | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
+        ReplyStart (Pulse | Used | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
 
     A missing start is made, open blocks are closed before the end, nothing follows it, a stream without an end
-    ends in a Fault. Deltas of blocks that are not open are dropped.
+    ends in a Fault. Deltas of blocks that are not open are dropped. What was used so far is the last of a batch: who counts looks
+    nowhere else.
     """
     started = False
     open_blocks: set = set()
     for events in batches:
         lawful_events: List[Event] = []
+        used: List[Event] = []
         for event in events:
             kind = type(event)
             if kind is BlockDelta:
                 if event.index in open_blocks:
                     lawful_events.append(event)
+                continue
+            if kind is Used:
+                used = [event]
                 continue
             if not started and kind is not Pulse:
                 started = True
@@ -2135,13 +2160,16 @@ def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event
                     continue
                 open_blocks.discard(event.index)
             elif kind is ReplyStop or kind is Fault:
+                if used:
+                    yield lawful_events + used
+                    lawful_events = []
                 lawful_events += [BlockStop(index) for index in sorted(open_blocks)]
                 lawful_events.append(event)
                 yield lawful_events
                 return
             lawful_events.append(event)
-        if lawful_events:
-            yield lawful_events
+        if lawful_events or used:
+            yield lawful_events + used if used else lawful_events
     ending: List[Event] = [] if started else [ReplyStart(f"msg_{trace_id}", "")]
     yield ending + [BlockStop(index) for index in sorted(open_blocks)] + [Fault(CUT)]
 
@@ -3339,6 +3367,7 @@ class ChatReader:
         self._finish: Optional[str] = None
         self._usage: Optional[Usage] = None
         self._billed: Optional[int] = None
+        self._said: Optional[Usage] = None  # what has been told of usage
         self._skeleton: Optional[Tuple[str, str, int]] = None  # before and behind the text of the last delta, its block
         self._learnings = 0
 
@@ -3408,9 +3437,21 @@ class ChatReader:
         for at, choice in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(choice, dict):
                 self._choice(choice, at)
+        if chunk.get("usage") or "copilot_usage" in chunk:
+            self._tell_used()
         if len(self._events) == before:
             self._events.append(Pulse())
         return self._events
+
+    def _tell_used(self) -> None:
+        used = self._used()
+        if used is not None and used.total and used != self._said:
+            self._said = used
+            self._events.append(Used(used))
+
+    def _used(self) -> Optional[Usage]:
+        """What has been used so far."""
+        return self._usage if self._billed is None else replace(self._usage or Usage(), billed_nano=self._billed)
 
     def _identify(self, chunk: Json) -> None:
         """Id, model and usage, which may come late, in pieces, or again and again (Gemini, with zeros until the end)."""
@@ -3450,11 +3491,8 @@ class ChatReader:
                 self._events.append(BlockStop(call.index))
         word = stop_meaning(CHAT, self._finish)
         called = any(call.index is not None for call in self._calls)
-        usage = self._usage
-        if self._billed is not None:
-            usage = replace(usage or Usage(), billed_nano=self._billed)
         self._start()
-        return self._end(ReplyStop("tool" if word == "end" and called else word, usage))
+        return self._end(ReplyStop("tool" if word == "end" and called else word, self._used()))
 
     def _end(self, event: Event) -> List[Event]:
         self.ended = True
@@ -3612,7 +3650,7 @@ class ChatWriter:
         self._usage_asked = chat_asked_usage(asked)
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -3915,6 +3953,8 @@ class ChatMeter(Meter):
             billed = billed or billed_nano(chunk)  # it may come in a chunk of its own
             if self.usage is None or not self.usage.total:
                 self.usage = chat_usage(chunk.get("usage"), chunk) or self.usage
+        if self.usage is None or not self.usage.total:
+            self.usage = next(filter(None, (chat_usage(chunk.get("usage"), chunk) for chunk in self._last_told())), self.usage)
         if billed and self.usage:
             self.usage.billed_nano = billed
 
@@ -4737,8 +4777,10 @@ class ResponsesReader:
 
     def _start(self, event: Json) -> None:
         response = event.get("response")
-        if self._started or not isinstance(response, dict):
+        if not isinstance(response, dict):
             return
+        if self._started:
+            return self._tell_used(response, event)
         self._started = True
         created = response.get("created_at")
         self._seed = text_or_none(response.get("id")) or ""
@@ -4746,12 +4788,14 @@ class ResponsesReader:
                                        count_or_zero({"at": created}, "at"), responses_usage(response.get("usage"), event)))
 
     def _terminal(self, event: Json) -> None:
-        self._start(event)
+        if not self._started:
+            self._start(event)
         response = event.get("response")
         response = response if isinstance(response, dict) else {}
         said = name_in(event, "type").partition(".")[2]
         status = said if said in ("failed", "cancelled") else name_in(response, "status") or said
         if status in ("failed", "cancelled"):
+            self._tell_used(response, event)
             return self._failed(event, response, status)
         self._rest(responses_list(response.get("output")))
         details = response.get("incomplete_details")
@@ -4761,6 +4805,11 @@ class ResponsesReader:
             word = "length"
         usage = responses_usage(response.get("usage"), response if billed_nano(response) else event)
         self._end(ReplyStop("tool" if word == "end" and self._called else word, usage))
+
+    def _tell_used(self, response: Json, event: Json) -> None:
+        usage = responses_usage(response.get("usage"), response if billed_nano(response) else event)
+        if usage is not None:
+            self._events.append(Used(usage))
 
     def _rest(self, output: List[Any]) -> None:
         """Items that only the final object holds. Upstream may leave it empty though items were sent."""
@@ -4971,7 +5020,7 @@ class ResponsesWriter:
         self._usage: Optional[Usage] = None
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -5302,6 +5351,7 @@ class ResponsesMeter(Meter):
             self._id = own or f"resp_{self.trace_id}"
             self._response = response
         self.served_model = text_or_none(response.get("model")) or self.served_model
+        self.usage = responses_usage(response.get("usage"), event) or self.usage
         if name_in(event, "type") in RESPONSES_TERMINALS:
             self._learn(event, response)
         if own == self._id:
@@ -5314,7 +5364,6 @@ class ResponsesMeter(Meter):
 
     def _learn(self, event: Json, response: Json) -> None:
         self.ended = True
-        self.usage = responses_usage(response.get("usage"), event) or self.usage
         details = response.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
         self.stop_reason = text_or_none(reason) or text_or_none(response.get("status"))
@@ -6037,6 +6086,9 @@ class MessagesReader:
         self._billed = billed_nano(body) or self._billed
         if isinstance(body.get("delta"), dict):
             self._delta = {**self._delta, **body["delta"]}
+        used = self._said()
+        if used is not None:
+            events.append(Used(used))
 
     def message_stop(self, body: Json, events: List[Event]) -> None:
         self._billed = billed_nano(body) or self._billed
@@ -6183,10 +6235,13 @@ class MessagesWriter:
     def pulse(self, event: Pulse, frames: List[Frame]) -> None:
         frames.append(Frame("ping", '{"type":"ping"}'))
 
+    def used(self, event: Used, frames: List[Frame]) -> None:
+        pass
+
 
 MESSAGES_FRAMES: Dict[type, Callable[[MessagesWriter, Any, List[Frame]], None]] = {
     BlockDelta: MessagesWriter.block_delta, BlockStart: MessagesWriter.block_start, BlockStop: MessagesWriter.block_stop,
-    ReplyStart: MessagesWriter.start, ReplyStop: MessagesWriter.stop, Fault: MessagesWriter.fault, Pulse: MessagesWriter.pulse,
+    ReplyStart: MessagesWriter.start, ReplyStop: MessagesWriter.stop, Fault: MessagesWriter.fault, Pulse: MessagesWriter.pulse, Used: MessagesWriter.used,
 }
 # blocks that stream -> (content_block of their start, type of their deltas)
 MESSAGES_OPENINGS: Dict[type, Tuple[Json, str]] = {
@@ -6419,7 +6474,7 @@ class MessagesMeter(Meter):
 
     def _learn(self) -> None:
         """Reads the newest message_delta: its usage is cumulative and the most accurate (copilot-upstream 7.3)."""
-        last = next((event for event in self._last_objects() if event.get("type") == "message_delta"), {})
+        last = next((event for told in (self._last_objects(), self._last_told()) for event in told if event.get("type") == "message_delta"), {})
         delta = last.get("delta")
         self.stop_reason = text_or_none(delta.get("stop_reason")) if isinstance(delta, dict) else None
         usage = messages_later_usage(self._usage, last.get("usage"))
@@ -7121,7 +7176,8 @@ class GeminiReader:
             self.ended = True
             self._events.append(Fault(gemini_failure(chunk["error"])))
             return self._events
-        self._usage = chunk.get("usageMetadata") or chunk.get("usage_metadata") or self._usage
+        used = chunk.get("usageMetadata") or chunk.get("usage_metadata") or self._usage
+        news, self._usage = used != self._usage and self._started, used
         if not self._started:
             self._start(gemini_fields(chunk))
         candidates = chunk.get("candidates")
@@ -7132,6 +7188,9 @@ class GeminiReader:
             self._events.append(Pulse())
             if gemini_fields(gemini_fields(chunk).get("promptFeedback")).get("blockReason"):
                 self._reason = "SAFETY"
+        used = gemini_usage(self._usage) if news else None
+        if used is not None:
+            self._events.append(Used(used))
         return self._events
 
     def end(self, reason: Optional[str] = None) -> List[Event]:
@@ -7252,7 +7311,7 @@ class GeminiWriter:
         self._usage: Optional[Usage] = None
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -13253,6 +13312,10 @@ class Accounts:
         """Looks for an account in the background."""
         threading.Thread(target=self.settle, name="accounts", daemon=True).start()
 
+    def stop(self) -> None:
+        """Ends what was begun on its own: a sign-in that nobody will finish."""
+        self.device.stop()
+
     def settle(self) -> None:
         """Tries the found tokens in order until one works; called once at start and by commands."""
         try:
@@ -13567,6 +13630,11 @@ class DeviceFlow:
         return {"state": self.state, "user_code": self.document.get("user_code"),
                 "verification_uri": self.document.get("verification_uri"), "expires_in": left,
                 **({"error": self.reason} if self.reason else {})}
+
+    def stop(self) -> None:
+        """Ends the poll."""
+        with self._lock:
+            self._stopped.set()
 
     def code_line(self) -> str:
         """`enter WDJB-MJHT at https://…`, "" while there is no code."""
@@ -15481,19 +15549,21 @@ def assembled_reply(codec: Codec, answer: Answer, exchange: Exchange) -> Reply:
     batches = Batches(answer)
     events = lawful(guarded(codec.decode_stream(map(parse_frames, batches))), exchange.trace_id)
     try:
-        return collect(noted_start(events, exchange))
+        return collect(noted(events, exchange))
     except UpstreamError as error:
         if error.failure.code == INTERRUPTED and batches.failure is not None:
             raise UpstreamError(batches.failure) from error
         raise
 
 
-def noted_start(batches: Iterable[List[Event]], exchange: Exchange) -> Iterator[List[Event]]:
-    """The same events; what the first tells of usage stays in the record if the stream breaks off."""
+def noted(batches: Iterable[List[Event]], exchange: Exchange) -> Iterator[List[Event]]:
+    """The same events; what they tell of usage on the way stays in the record if the stream breaks off."""
     for events in batches:
         for event in events:
             if type(event) is ReplyStart:
                 exchange.usage, exchange.served_model = event.usage, event.model
+            elif type(event) is Used:
+                exchange.usage = event.usage
         yield events
 
 
@@ -15734,8 +15804,11 @@ class Tally:
         for events in self._events:
             if not self._begun:
                 events = [self._started(event) if type(event) is ReplyStart else event for event in events]
-            if type(events[-1]) is Fault or type(events[-1]) is ReplyStop:
+            last = type(events[-1])
+            if last is Fault or last is ReplyStop:
                 events = [*events[:-1], self._ended(events[-1])]
+            elif last is Used:
+                self.usage = events[-1].usage
             if forgetful:
                 self._remember(events)
             yield events
@@ -17505,12 +17578,14 @@ def finish_running(app: App, signals: queue.SimpleQueue, patience_s: float = PAT
 
 
 def stop_parts(app: App) -> None:
-    """Ends them: running streams get their dialect's ending, what was recorded is committed."""
+    """Ends them, in the reverse order of `start_parts`: running streams get their dialect's ending, what was recorded is
+    committed, and the door closes behind all who use it."""
     for line in app.watch.lines():
         line.stopper.stop(UpstreamError(STOPPED))
     deadline = time.monotonic() + STOP_S
     while app.running and time.monotonic() < deadline:
         time.sleep(0.005)
+    app.accounts.stop()
     app.watch.stop()
     app.ledger.stop()
     app.upstream.pool.close()

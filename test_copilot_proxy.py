@@ -70,6 +70,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import urllib.request
 import uuid
@@ -7755,7 +7756,7 @@ class ChatCodecStreams(unittest.TestCase):
         reader, opened = cp.ChatReader(), []
         seen = [[type(e).__name__ for e in reader.read([frame])] for frame in frames]
         self.assertEqual([["ReplyStart", "BlockStart", "BlockDelta"], ["BlockDelta"], ["Pulse"], ["BlockStop", "BlockStart", "BlockDelta"], ["BlockDelta"],
-                          ["BlockStop", "BlockStart"], ["BlockDelta"], ["Pulse"], ["BlockStop", "ReplyStop"]], seen)
+                          ["BlockStop", "BlockStart"], ["BlockDelta"], ["Used"], ["BlockStop", "ReplyStop"]], seen)
 
     def test_skeleton_says_what_parsing_says(self):
         chance = random.Random(5)
@@ -17512,6 +17513,35 @@ class Stopping(HomeCase):
         self.assertEqual("close", client.reply().headers["connection"])
 
 
+class StoppingParts(unittest.TestCase):
+    """The parts of a gateway stop in the reverse order of their start: each may use those that started before it."""
+
+    def test_in_reverse_order_of_their_start(self):
+        calls: List[str] = []
+
+        def part(name: str, *verbs: str) -> Any:
+            return types.SimpleNamespace(**{verb: lambda: calls.append(name) for verb in verbs})
+
+        app = types.SimpleNamespace(settings=lambda: {"verbose": False, "logFile": ""}, running={}, accounts=part("accounts", "begin", "stop"),
+                                    ledger=part("ledger", "start", "stop"), watch=part("watch", "start", "stop"), upstream=types.SimpleNamespace(pool=part("pool", "close")))
+        app.watch.lines = lambda: []
+        cp.start_parts(app)
+        started, calls[:] = calls[:], []
+        cp.stop_parts(app)
+        self.assertEqual([*reversed(started), "pool"], calls)
+
+    def test_a_sign_in_nobody_finishes_ends_with_the_gateway(self):
+        upstream = ScriptedUpstream(device_outcomes=("pending",))
+        self.addCleanup(upstream.close)
+        gateway = RunningGateway(upstream, token=None)
+        try:
+            gateway.app.accounts.device.begin(anew=True)
+            wait_until(lambda: gateway.app.accounts.device.shown()["state"] == "waiting")
+        finally:
+            gateway.close()
+        wait_until(lambda: not any(thread.name == "device-flow" for thread in threading.enumerate()), 5.0)
+
+
 class WholeDemo(unittest.TestCase):
     """README's first command, without an account, a network, or a file of before."""
 
@@ -19632,6 +19662,69 @@ def refusal_complaint(dialect: str, answer: Reply) -> str:
     if dialect == cp.GEMINI:
         return "" if error.get("code") == answer.status and error.get("status") else f"code and status: {error}"
     return "" if error.get("type") and (answer.json.get("type") == "error") == (dialect == cp.MESSAGES) else f"type: {answer.json}"
+
+
+def growing(dialect: str, times: int, words: int = 15) -> List[bytes]:
+    """The start of a stream that tells its usage so often, each time more, and says more than a meter keeps behind each."""
+    first, more = script(dialect, ["word "]), {cp.CHAT: 1, cp.RESPONSES: 3, cp.MESSAGES: 2}[dialect]
+    said = {cp.CHAT: lambda at: chat_frame({}, usage={"prompt_tokens": 10, "completion_tokens": at, "total_tokens": 10 + at}),
+            cp.RESPONSES: lambda at: sse({"type": "response.in_progress", "sequence_number": 50, "response": {
+                "id": "resp_1", "model": "gpt-5.4", "status": "in_progress", "usage": {"input_tokens": 10, "output_tokens": at, "total_tokens": 10 + at}}}, "response.in_progress"),
+            cp.MESSAGES: lambda at: sse({"type": "message_delta", "delta": {"stop_reason": None}, "usage": {"input_tokens": 10, "output_tokens": at}}, "message_delta")}[dialect]
+    opening = [frame for frame in first if b"word" not in frame][:more] if dialect != cp.RESPONSES else first[:3]
+    delta = next(frame for frame in first if b"word" in frame and b"delta" in frame)
+    return [*opening, *[piece for at in range(1, times + 1) for piece in (said(at), *[delta] * words)]]
+
+
+class GrowingUsage(LimitCase):
+    """Usage that upstream tells on the way: however the stream ends, the latest is billed."""
+
+    config = {**QUICK, "maxConnectionRetries": 0}
+
+    def setUp(self) -> None:
+        super().setUp()
+        records = self.gateway.app.models.current().records
+        records[MODEL_OF[cp.MESSAGES]]["supported_endpoints"] = ["/v1/messages"]
+        for record in records.values():
+            record["capabilities"].setdefault("limits", {}).update(max_output_tokens=64000, max_non_streaming_output_tokens=13000)
+
+    def used(self, dialect: str, upstream: str, streamed: bool, *steps: Step) -> Tuple[int, int, str]:
+        self.forget()
+        self.upstream.answer(UPSTREAM_PATHS[upstream], *steps)
+        limit = {"generationConfig": {"maxOutputTokens": 14000}} if dialect == cp.GEMINI else {"max_output_tokens" if dialect == cp.RESPONSES else "max_tokens": 14000}
+        row = self.row(self.put(dialect, streamed, MODEL_OF[upstream], **({} if streamed else limit)).reply())
+        return row["input_tokens"], row["output_tokens"], row["road"]
+
+    def test_a_cut_stream_is_billed_what_it_told_last(self):
+        for dialect, upstream, streamed, times in itertools.product(CLIENT_DIALECTS, DIALECTS_SERVED, (True, False), (1, 3)):
+            with self.subTest(dialect, upstream=upstream, stream=streamed, times=times):
+                road = "pass-through" if dialect == upstream else "translated"
+                self.assertEqual((10, times, road), self.used(dialect, upstream, streamed, stream(*growing(upstream, times), end="cut")))
+
+    def test_an_error_at_the_end_does_not_lose_it(self):
+        for dialect, upstream in itertools.product(CLIENT_DIALECTS, DIALECTS_SERVED):
+            with self.subTest(dialect, upstream=upstream):
+                self.assertEqual((10, 2), self.used(dialect, upstream, True, stream(*growing(upstream, 2), 0.002, ERROR_FRAMES[upstream][0]))[:2])
+
+    def test_a_response_that_failed_tells_what_it_used(self):
+        failed = sse({"type": "response.failed", "response": {"id": "resp_1", "status": "failed", "error": {"code": "server_error", "message": "no"},
+                                                              "usage": {"input_tokens": 10, "output_tokens": 7}}}, "response.failed")
+        for dialect, streamed in self.ROADS:
+            with self.subTest(dialect, stream=streamed):
+                self.assertEqual((10, 7), self.used(dialect, cp.RESPONSES, streamed, stream(*growing(cp.RESPONSES, 1), 0.002, failed))[:2])
+
+    def test_a_client_that_leaves_is_billed_it_too(self):
+        for dialect, upstream in itertools.product(CLIENT_DIALECTS, DIALECTS_SERVED):
+            with self.subTest(dialect, upstream=upstream):
+                self.forget()
+                before = len(self.gateway.rows())
+                self.upstream.answer(UPSTREAM_PATHS[upstream], stream(*growing(upstream, 2, 1), threading.Event()))
+                client = self.put(dialect, True, MODEL_OF[upstream])
+                while client.buffer.count(b"word") < 2:
+                    client.more()
+                client.close()
+                wait_until(lambda: len(self.gateway.rows()) > before)
+                self.assertEqual((10, 2, "client_gone"), tuple(self.gateway.rows()[-1][name] for name in ("input_tokens", "output_tokens", "outcome")))
 
 
 class CutStreams(RelayCase):
