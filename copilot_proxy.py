@@ -2130,8 +2130,8 @@ def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event
         ReplyStart (Pulse | Used | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
 
     A missing start is made, open blocks are closed before the end, nothing follows it, a stream without an end
-    ends in a Fault. Deltas of blocks that are not open are dropped. What was used so far is the last of a batch: who counts looks
-    nowhere else.
+    ends in a Fault. Deltas of blocks that are not open are dropped. What was used so far is the last of a batch, or the last before
+    the end: who counts looks nowhere else.
     """
     started = False
     open_blocks: set = set()
@@ -2160,11 +2160,8 @@ def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event
                     continue
                 open_blocks.discard(event.index)
             elif kind is ReplyStop or kind is Fault:
-                if used:
-                    yield lawful_events + used
-                    lawful_events = []
                 lawful_events += [BlockStop(index) for index in sorted(open_blocks)]
-                lawful_events.append(event)
+                lawful_events += [*used, event]
                 yield lawful_events
                 return
             lawful_events.append(event)
@@ -15806,6 +15803,8 @@ class Tally:
                 events = [self._started(event) if type(event) is ReplyStart else event for event in events]
             last = type(events[-1])
             if last is Fault or last is ReplyStop:
+                if len(events) > 1 and type(events[-2]) is Used:
+                    self.usage = events[-2].usage
                 events = [*events[:-1], self._ended(events[-1])]
             elif last is Used:
                 self.usage = events[-1].usage

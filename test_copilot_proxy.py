@@ -19302,10 +19302,30 @@ WORDINGS = [
 # ---- the fault matrix -----------------------------------------------------------
 
 STREAM, WHOLE, ASSEMBLED = "stream", "whole", "assembled"  # ASSEMBLED: whole for the client, streamed by upstream
+ARRAY, UNCHUNKED = "array", "unchunked"  # streams, too: Gemini's without `alt=sse`, and that of an HTTP/1.0 client
+STREAMED = (STREAM, ARRAY, UNCHUNKED)
 SMILE = "🙂".encode()
 CELL = re.compile(rb"cell-(\d+)\b")
 TEXTS = {cp.CHAT: chat_text, cp.RESPONSES: responses_text, cp.MESSAGES: messages_text,
          cp.GEMINI: lambda stream: "".join(part.get("text", "") for body in objects_of(stream) for candidate in body.get("candidates", ()) for part in candidate["content"]["parts"])}
+
+
+def array_complaint(body: bytes) -> str:
+    """What is illegal about Gemini's JSON array: objects only, each whole on lines of its own, keep-alives between them alone."""
+    try:
+        items = json.loads(body)
+    except ValueError as exc:
+        return f"no JSON: {exc}"
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return "no array of objects"
+    rest = [line for line in body.decode().split("\n") if line]
+    odd = [line for line in rest[:-1] if not (line.startswith(("[{", ",{")) and line.endswith("}"))]
+    return f"lines of another kind: {odd[:3]}" if odd or rest[-1] not in ("]", "[]") else ""
+
+
+def array_as_frames(body: bytes) -> bytes:
+    """The same as an event stream; what is no array stays."""
+    return b"".join(map(sse, json.loads(body))) if not array_complaint(body) else body
 
 
 # What the last frames of a failed stream hold, and of no other.
@@ -19321,7 +19341,7 @@ class Good:
         self.pieces = [body[at:at + 40] for at in range(0, len(body), 40)] if form == WHOLE else script(dialect)
         self.data = b"".join(self.pieces)
         self.content_type = JSON_TYPE if form == WHOLE else SSE
-        self.silence: Pause = threading.Event() if form == STREAM else BRIEF_S  # until the client has heard of us
+        self.silence: Pause = threading.Event() if form in STREAMED else BRIEF_S  # until the client has heard of us
 
     def sends(self, *pieces: Piece, **how: Any) -> Step:
         return stream(*pieces, content_type=self.content_type, **how)
@@ -19394,7 +19414,7 @@ class Fault(NamedTuple):
     gateway: str = "patient"
 
     def told(self, form: str, upstream: str) -> Optional[Told]:
-        row = {STREAM: self.stream, WHOLE: self.whole, ASSEMBLED: self.assembled}[form]
+        row = {WHOLE: self.whole, ASSEMBLED: self.assembled}.get(form, self.stream)
         return row[upstream] if isinstance(row, dict) else row
 
 
@@ -19483,10 +19503,11 @@ class Cell(NamedTuple):
 
     def request(self, mark: str) -> Tuple[str, Json]:
         """(path, body); `mark` is what the prompt says."""
-        model, streamed = MODEL_OF[self.upstream], self.form == STREAM
-        limit = {WHOLE: 100, STREAM: 100, ASSEMBLED: 14000}[self.form]
+        model, streamed = MODEL_OF[self.upstream], self.form in STREAMED
+        limit = 14000 if self.form == ASSEMBLED else 100
         if self.client == cp.GEMINI:
-            return (GEMINI_STREAM_PATH if streamed else GEMINI_PATH).format(model), {"contents": [{"role": "user", "parts": [{"text": mark}]}], "generationConfig": {"maxOutputTokens": limit}}
+            path = GEMINI_STREAM_PATH if streamed else GEMINI_PATH
+            return path.format(model).partition("?" if self.form == ARRAY else "none")[0], {"contents": [{"role": "user", "parts": [{"text": mark}]}], "generationConfig": {"maxOutputTokens": limit}}
         said = {"input": mark, "max_output_tokens": limit} if self.client == cp.RESPONSES else {"messages": [{"role": "user", "content": mark}], "max_tokens": limit}
         return ASK[self.client][0], {"model": model, "stream": streamed, **said}
 
@@ -19516,13 +19537,17 @@ class FaultMatrix(unittest.TestCase):
     """Laws 3 and 4 for every fault x client x upstream x form: all cells are run once, side by side; each test looks at one law.
 
     Gemini is a client's dialect only, so twelve pairs: three pass through, nine are translated. To keep the run short each fault
-    meets one foreign upstream per client, in one form, both in turn; FULL=1 runs every cell.
+    meets one foreign upstream per client, in one form, both in turn, and one for Gemini's array and an HTTP/1.0 client each; FULL=1
+    runs every cell.
     """
 
     @staticmethod
     def is_chosen(fault: Fault, client: str, upstream: str, form: str) -> bool:
         """Whether a cell is run without FULL."""
         others = [other for other in MODEL_OF if other != client]
+        if form in (ARRAY, UNCHUNKED):
+            number = FAULTS.index(fault)
+            return upstream == DIALECTS_SERVED[number % 3] and (form == ARRAY or client == DIALECTS_SERVED[number // 3 % 3])
         turn = FAULTS.index(fault) + CLIENT_DIALECTS.index(client)
         forms = [form for form in (STREAM, WHOLE) if fault.told(form, upstream)] + [ASSEMBLED]
         if client == upstream:
@@ -19531,9 +19556,9 @@ class FaultMatrix(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        rows = itertools.product(FAULTS, CLIENT_DIALECTS, MODEL_OF, (STREAM, WHOLE, ASSEMBLED))
+        rows = itertools.product(FAULTS, CLIENT_DIALECTS, MODEL_OF, (STREAM, WHOLE, ASSEMBLED, ARRAY, UNCHUNKED))
         cls.cells = [Cell(fault, client, upstream, form, fault.told(form, upstream)) for fault, client, upstream, form in rows
-                     if fault.told(form, upstream) and ("FULL" in os.environ or cls.is_chosen(fault, client, upstream, form))]
+                     if fault.told(form, upstream) and (form not in (ARRAY, UNCHUNKED) or (form == ARRAY) == (client == cp.GEMINI)) and ("FULL" in os.environ or cls.is_chosen(fault, client, upstream, form))]
         cls.upstream = MatrixUpstream(cls.cells)
         cls.addClassCleanup(cls.upstream.close)
         gone = ScriptedUpstream()
@@ -19563,15 +19588,20 @@ class FaultMatrix(unittest.TestCase):
     def asked(cls, number: int) -> Reply:
         cell = cls.cells[number]
         client = getattr(cls.clients, cell.fault.gateway, None)
-        if client is None:
+        if client is None or cell.form == UNCHUNKED:
             client = Client(cls.gateways[cell.fault.gateway].port)
-            setattr(cls.clients, cell.fault.gateway, client)
-        client.request("POST", *cell.request(f"cell-{number} "), {"x-trace-id": f"cell-{number}"})
-        if cell.form == STREAM:
+            if cell.form != UNCHUNKED:
+                setattr(cls.clients, cell.fault.gateway, client)
+        client.request("POST", *cell.request(f"cell-{number} "), {"x-trace-id": f"cell-{number}"}, "HTTP/1.0" if cell.form == UNCHUNKED else "HTTP/1.1")
+        if cell.form in STREAMED:
             beat = cp.CODECS[cell.client].keep_alive
-            cls.wait_to_hear(client, b"%x\r\n%b\r\n" % (len(beat), beat) if cell.fault.gateway == "lively" else b"\r\n")
+            framed = beat if cell.form == UNCHUNKED else b"%x\r\n%b\r\n" % (len(beat), beat)
+            cls.wait_to_hear(client, framed if cell.fault.gateway == "lively" else b"\n" if cell.form == UNCHUNKED else b"\r\n")
             cls.upstream.goods[number].silence.set()
-        return client.reply()
+        answer = client.reply()
+        if cell.form == UNCHUNKED:
+            client.close()
+        return answer
 
     @staticmethod
     def wait_to_hear(client: Client, last: bytes) -> None:
@@ -19600,9 +19630,16 @@ class FaultMatrix(unittest.TestCase):
 
     def test_the_client_is_told_once_and_in_its_own_dialect(self):
         def law(cell: Cell, answer: Reply, row: Json, sent: bytes) -> None:
+            if cell.form == UNCHUNKED:
+                self.assertEqual((None, "close"), (answer.headers.get("transfer-encoding"), answer.headers.get("connection")))
             if isinstance(cell.told.end, int):
                 self.assertEqual((cell.told.end, ""), (answer.status, refusal_complaint(cell.client, answer)))
-            elif cell.form != STREAM:
+            elif cell.form == ARRAY:
+                self.assertEqual((200, JSON_TYPE, ""), (answer.status, answer.headers["content-type"], array_complaint(answer.body)), answer.text[-600:])
+                frames = array_as_frames(answer.body)
+                self.assertEqual((True, ""), (answer.whole, COMPLAINTS[cell.client](frames)), answer.text[-600:])
+                self.assertEqual(cell.told.end, "error" if ERROR_MARKS[cell.client] in frames[-2000:] else "done", answer.text[-600:])
+            elif cell.form not in STREAMED:
                 self.assertEqual((200, JSON_TYPE), (answer.status, answer.headers["content-type"]), answer.text[:300])
             else:
                 self.assertEqual((200, True, ""), (answer.status, answer.whole, COMPLAINTS[cell.client](answer.body)), answer.text[-600:])
@@ -19614,7 +19651,8 @@ class FaultMatrix(unittest.TestCase):
     def test_text_that_came_before_is_upstreams(self):
         def law(cell: Cell, answer: Reply, row: Json, sent: bytes) -> None:
             if answer.status == 200:
-                said = TEXTS[cell.client](answer.body) if cell.form == STREAM else told_text(cell.client, answer.body)
+                body = array_as_frames(answer.body) if cell.form == ARRAY else answer.body
+                said = TEXTS[cell.client](body) if cell.form in STREAMED else told_text(cell.client, body)
                 wanted = told_text(cell.upstream, sent) if cell.form == WHOLE else TEXTS[cell.upstream](sent)
                 self.assertTrue(said == wanted or "reset" in cell.fault.name and wanted.startswith(said), (said[:200], wanted[:200]))
         self.check(law)
@@ -19637,9 +19675,10 @@ class FaultMatrix(unittest.TestCase):
 
     def test_silence_is_filled_as_the_client_counts_life(self):
         def law(cell: Cell, answer: Reply, row: Json, sent: bytes) -> None:
-            if cell.fault.gateway == "lively" and cell.form == STREAM:
+            if cell.fault.gateway == "lively" and cell.form in STREAMED:
                 beat = cp.CODECS[cell.client].keep_alive
-                self.assertTrue(answer.body.startswith(beat) or b"\n\n" + beat in answer.body, answer.text[:300])
+                between = rb"\}\n+," if cell.form == ARRAY else b"\n\n" + re.escape(beat)
+                self.assertTrue(answer.body.startswith(beat) or re.search(between, answer.body), answer.text[:300])
         self.check(law)
 
     def test_the_stall_clock_says_how_long_it_was_silent(self):
