@@ -1469,6 +1469,15 @@ def frame_json(frame: bytes) -> Optional[Json]:
 JUNK_DATA = re.compile(rb"\ndata: ?[^{ ]")
 
 
+# Lines of comments and of Messages' `ping`, and blank ones.
+PRELUDE = re.compile(rb'(?::[^\r\n]*\r?\n|event: ?ping\r?\n|data: ?\{"type": ?"ping"\}\r?\n|\r?\n)*')
+
+
+def is_prelude(frames: bytes) -> bool:
+    """Whether frames are only comments and pings: upstream is alive and may still refuse."""
+    return PRELUDE.fullmatch(frames) is not None
+
+
 def without_junk(frames: bytes, end_word: str) -> bytes:
     """Whole frames without those whose data is neither a JSON object nor the word that ends a stream: clients fail on them.
 
@@ -12146,8 +12155,10 @@ CONNECT_S = 30.0
 # An idle pooled socket older than this is closed: load balancers drop theirs after about 60 s.
 POOL_IDLE_S = 50.0
 POOL_SIZE = 64  # idle sockets kept per host; more than any burst of one user leaves behind
-# Probes on a silent upstream socket, so that a dead route is noticed within about two minutes.
-TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+# Probes on a silent upstream socket, so that a dead route is noticed within about two minutes: seconds of silence, seconds between
+# probes, probes. The first is called TCP_KEEPIDLE on Linux and Windows, TCP_KEEPALIVE on macOS, where Python 3.9 does not name it.
+TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+MACOS_TCP_KEEPALIVE = 0x10  # netinet/tcp.h
 # How long a finished stream may keep its socket busy before the socket is closed instead of pooled.
 DRAIN_S = 0.05
 # A head and a body above this are sent by two calls: joining 5 MB costs 3 ms.
@@ -12633,6 +12644,21 @@ def split_address(address: str, port: int) -> Tuple[str, int]:
     return parts.hostname or "", parts.port or port
 
 
+def probe_when_silent(sock: Any) -> None:
+    """Has the system probe a connected socket that is silent, by the names it has for that."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    named = [(getattr(socket, name), value) for name, value in TCP_KEEPALIVE if hasattr(socket, name)]
+    if sys.platform == "darwin" and not hasattr(socket, "TCP_KEEPALIVE"):
+        named.insert(0, (MACOS_TCP_KEEPALIVE, TCP_KEEPALIVE[1][1]))
+    try:
+        for option, value in named:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if not named and hasattr(socket, "SIO_KEEPALIVE_VALS"):  # Windows before 10, 1709: on, milliseconds; it probes ten times
+            sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, TCP_KEEPALIVE[0][1] * 1000, TCP_KEEPALIVE[2][1] * 1000))
+    except OSError:
+        pass  # the name is known here and the option is not: the system's own two hours stay
+
+
 def connect(host: str, port: int, stopper: Stopper) -> socket.socket:
     """A TCP connection under the stopper's switch, tried address by address; raises OSError."""
     last: Optional[OSError] = None
@@ -12643,10 +12669,7 @@ def connect(host: str, port: int, stopper: Stopper) -> socket.socket:
             sock.settimeout(CONNECT_S)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in TCP_KEEPALIVE:
-                if hasattr(socket, name):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            probe_when_silent(sock)
             return sock
         except OSError as exc:
             sock.close()
@@ -12770,6 +12793,10 @@ class RetryPolicy(NamedTuple):
 # ---- the client's end -------------------------------------------------------
 
 
+# Keep-alives and the status line are due a little early, so that with the watch's own step neither promise is exceeded.
+HOLD_SHARE = 0.9
+
+
 class ClientLine:
     """The writing side of one request: the status line held back, keep-alives, one lock.
 
@@ -12781,7 +12808,7 @@ class ClientLine:
     """
 
     __slots__ = ("sock", "stopper", "gone", "opened", "ended", "watched", "started_at", "sent_at", "bytes_out", "keep_alive",
-                 "early_head", "chunked", "captured", "_lock", "_owed", "_clock")
+                 "early_head", "ending", "chunked", "captured", "_lock", "_owed", "_clock")
 
     def __init__(self, sock: socket.socket, chunked: bool, clock: Callable[[], float]) -> None:
         self.sock = sock
@@ -12794,6 +12821,7 @@ class ClientLine:
         self.bytes_out = 0
         self.keep_alive = b""  # none: a whole answer, nothing may be sent early
         self.early_head = b""
+        self.ending: Optional[Callable[[Failure], bytes]] = None  # what ends the stream when it fails
         self.chunked = chunked
         self.captured: Optional[bytearray] = None  # the body as sent, unframed, where logs want it
         self._lock = threading.Lock()
@@ -12873,8 +12901,7 @@ class ClientLine:
         """Sends a keep-alive if one is due. Never waits: a line that is being written needs none."""
         if not self.keep_alive or self.ended:
             return
-        # Due a little early, so that with the scan's own step neither promise is exceeded.
-        due = self.sent_at + 0.9 * keep_alive_s if self.opened else self.started_at + 0.9 * status_hold_s
+        due = self.sent_at + HOLD_SHARE * keep_alive_s if self.opened else self.started_at + HOLD_SHARE * status_hold_s
         if now < due or not self._lock.acquire(False):
             return
         try:
@@ -13925,16 +13952,18 @@ class Models:
             wait_for(self._idle, wait_s, stopper)
         return self._catalogue
 
-    def find_anew(self, name: str) -> Optional[Tuple[str, Optional[str]]]:
-        """Looks a name up in a catalogue fetched for it, because it may be new; at most one such fetch per 15 s."""
+    def find_anew(self, name: str, wait_s: float, stopper: Optional[Stopper] = None) -> Optional[Tuple[str, Optional[str]]]:
+        """Looks a name up in a catalogue fetched for it, because it may be new; at most one such fetch per 15 s.
+
+        After `wait_s` the list we have is the answer, and the fetched one that of the next request. Raises ClientGone.
+        """
         with self._lock:
             if self._clock() < self._asked_anew + CATALOGUE_RETRY_S:
                 return None
             self._asked_anew = self._clock()
-        try:
-            return self.refresh().find(name)
-        except ProxyError:
-            return None  # the list we have does not hold the name: that is the answer
+        self.refresh_soon(now=True)
+        wait_for(self._idle, wait_s, stopper)
+        return self._catalogue.find(name) if self._catalogue is not None else None
 
     def refresh_soon(self, now: bool = False) -> None:
         """Starts a background fetch if one is due (or `now`)."""
@@ -15296,9 +15325,9 @@ class Planner:
         plan.provider, plan.model, plan.upstream_dialect = self._provider.name, name, plan.dialect
         if accounts.settled.is_set() and accounts.active is None:
             raise accounts.sign_in_needed()
-        catalogue = self._models.current(settings["streams.statusHoldSeconds"], stopper)
+        catalogue = self._models.current(HOLD_SHARE * settings["streams.statusHoldSeconds"], stopper)
         if catalogue is not None:
-            plan.model, reason = self._found(name, catalogue, plan)
+            plan.model, reason = self._found(name, catalogue, plan, stopper)
             plan.record = (self._models.current() or catalogue).records.get(plan.model)
             reasons += [reason] if reason else []
         plan.model_reason = ",".join(reasons) or None
@@ -15330,10 +15359,10 @@ class Planner:
         self._direct(plan)
         return True
 
-    def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
-        """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
-        long = self._long(name, plan)
-        found = catalogue.find(long) or self._models.find_anew(long)
+    def _found(self, name: str, catalogue: Catalogue, plan: Plan, stopper: Stopper) -> Tuple[str, Optional[str]]:
+        """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError, ClientGone."""
+        long, hold_s = self._long(name, plan), self._settings()["streams.statusHoldSeconds"]
+        found = catalogue.find(long) or self._models.find_anew(long, HOLD_SHARE * hold_s, stopper)
         if found is not None:
             return found[0], None if found[0] == name else found[1] or "alias"
         kin = self._provider.stand_ins.get(plan.operation)
@@ -15576,12 +15605,17 @@ class PassThroughRoad(Road):
     def stream(self, answer: Answer) -> None:
         """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
         passage = Passage(self._codec, self.exchange.trace_id, self.plan, self._quirks)
-        meter, batches, last = passage.meter, Batches(answer), b""
+        meter, batches, last, held = passage.meter, Batches(answer), b"", b""
         try:
             for frames in batches:
                 out = passage.feed(frames)
                 if not self.relayed and meter.error is not None:
                     raise UpstreamError(meter.error)
+                if not self.relayed and out and is_prelude(out):
+                    held += out  # told with the first event: the status may still be another
+                    continue
+                if held:
+                    out, held = held + out, b""
                 if meter.ended or meter.error is not None:
                     last = out
                     break
@@ -15800,6 +15834,8 @@ class Tally:
         forgetful = self._road.plan.dialect in (CHAT, MESSAGES)
         for events in self._events:
             if not self._begun:
+                if all(type(event) is Pulse for event in events):
+                    continue  # alive, and may still refuse: nothing opens the stream but its start
                 events = [self._started(event) if type(event) is ReplyStart else event for event in events]
             last = type(events[-1])
             if last is Fault or last is ReplyStop:
@@ -15964,6 +16000,7 @@ class Gateway:
             wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
             line.may_open_early(answer_head(200, road.stream_headers({})), CODECS[plan.dialect].keep_alive)
+            line.ending = road.ending
         return Turn(request, plan, wire, road)
 
     def _serve(self, turn: Turn, read: Callable[[], Tuple[Plan, Json, Request]]) -> None:
@@ -17230,8 +17267,8 @@ class _Call:
         codec = CODECS.get(self.route.dialect)
         if self.line.settle() or self.line.ended:
             self.keep = False
-            if not self.line.ended and codec is not None:
-                self._end_stream(stream_ending(self.route.dialect, self.exchange.failure, self.exchange.trace_id))
+            if not self.line.ended and self.line.ending is not None:
+                self._end_stream(self.line.ending(self.exchange.failure))
             return
         body = codec.encode_error(error) if codec is not None else openai_error(error)
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
@@ -17263,6 +17300,7 @@ class _Call:
 
     def end(self) -> None:
         """Records the exchange and lets go of the client."""
+        self.line.ending = None  # it holds the line: a circle is freed late
         self.app.watch.remove(self.line)
         if self.exchange.endpoint:
             self._record()

@@ -13549,16 +13549,16 @@ class CachedModels(HomeCase):
         models = self.models(listing("a"), listing("a", "b"))
         models.refresh()
         self.now[0] += 20
-        self.assertEqual(("b", None), models.find_anew("b"))
+        self.assertEqual(("b", None), models.find_anew("b", 15.0))
         for _ in range(3):
-            self.assertIsNone(models.find_anew("c"))
+            self.assertIsNone(models.find_anew("c", 15.0))
         self.assertEqual(2, self.provider.asked)
 
     def test_failed_lookup_anew_means_the_name_is_unknown(self):
         models = self.models(listing("a"), self.DOWN)
         models.refresh()
         self.now[0] += 20
-        self.assertIsNone(models.find_anew("b"))
+        self.assertIsNone(models.find_anew("b", 15.0))
 
     def test_full_disk_is_said_once_and_the_list_served(self):
         with mock.patch.object(os, "fsync", side_effect=ENOSPC):
@@ -15185,6 +15185,37 @@ class SilentUpstreams(RelayCase):
             for dialect, answer in self.each(lambda dialect: ask(dialect, hang(threading.Event()))):
                 self.assertEqual(504, answer.status)
                 self.assertIn("0.12 s", error_of(dialect, answer)["message"])
+
+
+class KeptAlive(unittest.TestCase):
+    """The system probes a silent upstream, by whatever names it calls that."""
+
+    def options(self, platform: str, **names: int) -> List[Tuple[Any, ...]]:
+        """(level, option, value) set on a socket where Python knows these names."""
+        told: List[Tuple[Any, ...]] = []
+        sock = types.SimpleNamespace(setsockopt=lambda *option: told.append(option), ioctl=lambda *option: told.append(option))
+        known = {name: value for name, value in vars(socket).items() if not name.startswith(("TCP_KEEP", "SIO_KEEP"))}
+        with mock.patch.dict(vars(socket), {**known, **names}, clear=True), mock.patch.object(sys, "platform", platform):
+            cp.probe_when_silent(sock)
+        return told
+
+    def test_every_system_has_its_names(self):
+        on, tcp = (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), socket.IPPROTO_TCP
+        for label, told, wanted in (
+                ("linux", self.options("linux", TCP_KEEPIDLE=4, TCP_KEEPINTVL=5, TCP_KEEPCNT=6), [on, (tcp, 4, 60), (tcp, 5, 15), (tcp, 6, 4)]),
+                ("macOS", self.options("darwin", TCP_KEEPALIVE=16, TCP_KEEPINTVL=257, TCP_KEEPCNT=258), [on, (tcp, 16, 60), (tcp, 257, 15), (tcp, 258, 4)]),
+                ("macOS, Python 3.9", self.options("darwin", TCP_KEEPINTVL=257, TCP_KEEPCNT=258), [on, (tcp, 16, 60), (tcp, 257, 15), (tcp, 258, 4)]),
+                ("Windows", self.options("win32", TCP_KEEPIDLE=3, TCP_KEEPINTVL=17, TCP_KEEPCNT=16, SIO_KEEPALIVE_VALS=9), [on, (tcp, 3, 60), (tcp, 17, 15), (tcp, 16, 4)]),
+                ("old Windows", self.options("win32", SIO_KEEPALIVE_VALS=9), [on, (9, (1, 60000, 15000))]),
+                ("another", self.options("sunos5"), [on])):
+            with self.subTest(label):
+                self.assertEqual(wanted, told)
+
+    def test_a_system_that_knows_the_name_and_not_the_option_is_used_all_the_same(self):
+        def refuse(level: int, *option: Any) -> None:
+            if level == socket.IPPROTO_TCP:
+                raise OSError("not here")
+        cp.probe_when_silent(types.SimpleNamespace(setsockopt=refuse))
 
 
 class ClientsThatLeave(RelayCase):
@@ -18292,6 +18323,81 @@ class RefusalsTold(LimitCase):
                 self.upstream.answer(path, stream(sse({"type": "error", **told}, "error")) if streamed else reply(200, told))
                 answer = self.put(dialect, streamed).reply()
                 self.assertEqual((200, 2), (answer.status, len(self.seen_models())), answer.text[:300])
+
+
+class HeldStatus(LimitCase):
+    """The status line is held until upstream has said something, at most `streams.statusHoldSeconds`."""
+
+    config = {"streams": {"keepAliveSeconds": 1, "statusHoldSeconds": 60}}
+    # what upstream may say before it has an answer
+    PRELUDES = {cp.CHAT: [b": hello\n\n", sse({"choices": [], "id": "", "model": "", "prompt_filter_results": []})],
+                cp.RESPONSES: [b": hello\n\n"], cp.MESSAGES: [sse({"type": "ping"}, "ping"), b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b": hello\n\n"]}
+
+    def test_an_error_behind_comments_and_pings_is_a_real_status(self):
+        for dialect, upstream in itertools.product(CLIENT_DIALECTS, DIALECTS_SERVED):
+            for prelude in self.PRELUDES[upstream]:
+                with self.subTest(dialect, upstream=upstream, prelude=prelude):
+                    self.forget()
+                    frame, status = ERROR_FRAMES[upstream]
+                    model = {cp.CHAT: "gpt-4o", cp.RESPONSES: "gpt-5.4", cp.MESSAGES: "claude-opus-4.6"}[upstream]
+                    self.gateway.app.models.current().records[model]["supported_endpoints"] = [UPSTREAM_PATHS[upstream] if upstream != cp.MESSAGES else "/v1/messages"]
+                    self.upstream.answer(UPSTREAM_PATHS[upstream], stream(prelude, 0.02, frame))
+                    answer = self.put(dialect, True, model).reply()
+                    self.assertEqual(status, answer.status, answer.text[:300])
+
+    def test_what_came_before_the_first_event_is_passed_on_with_it(self):
+        for dialect in DIALECTS_SERVED:
+            for prelude in self.PRELUDES[dialect]:
+                if b"choices" not in prelude:
+                    with self.subTest(dialect, prelude=prelude):
+                        frames = script(dialect)
+                        self.assertEqual(prelude + b"".join(frames), self.exchange(dialect, stream(prelude, 0.01, *frames)).body)
+
+    def test_a_start_that_comes_with_signs_of_life_begins_the_stream(self):
+        alive = {cp.CHAT: sse({"id": "chatcmpl-1", "model": "gpt-4o-2024", "choices": []}), cp.RESPONSES: sse({"type": "response.odd"}), cp.MESSAGES: sse({"type": "ping"}, "ping")}
+        for dialect, upstream in itertools.product(CLIENT_DIALECTS, DIALECTS_SERVED):
+            with self.subTest(dialect, upstream=upstream):
+                if dialect == upstream:
+                    continue  # all of it is passed on
+                self.forget()
+                self.gateway.app.models.current().records[MODEL_OF[upstream]]["supported_endpoints"] = ["/v1/messages" if upstream == cp.MESSAGES else UPSTREAM_PATHS[upstream]]
+                frames = script(upstream)
+                step = stream(alive[upstream] + frames[0] + alive[upstream], Heard() if dialect != cp.GEMINI else 0.01, *frames[1:])
+                self.upstream.answer(UPSTREAM_PATHS[upstream], step)
+                answer = hear(self.put(dialect, True, MODEL_OF[upstream]), dialect, step)
+                self.assertEqual("".join(SPOKEN), self.hear(dialect, True, answer))
+                if dialect == cp.CHAT:
+                    self.assertTrue(all(body["id"] for body in objects_of(answer.body)), answer.text[:400])
+
+    def test_a_list_fetched_for_an_unknown_name_is_not_waited_for_longer(self):
+        self.gateway.app.settings().values["streams.statusHoldSeconds"] = 0.05
+        self.upstream.answer("/models", hang(threading.Event()))
+        answer = self.put(cp.CHAT, True, "gpt-4o-of-tomorrow").reply()
+        self.assertEqual((200, "unknown-name"), (answer.status, answer.headers["x-copilot-api-reason"]))
+
+    def test_a_client_that_leaves_does_not_wait_for_it_either(self):
+        self.gateway.app.settings().values["streams.statusHoldSeconds"] = 60.0
+        self.upstream.answer("/models", hang(threading.Event()))
+        client = self.put(cp.CHAT, True, "gpt-4o-of-tomorrow")
+        wait_until(lambda: self.gateway.app.watch.lines())
+        client.close()
+        wait_until(lambda: not self.gateway.app.running, SOON_S)
+
+    def test_an_error_of_our_own_ends_every_form_of_stream(self):
+        for dialect, array in (*((dialect, False) for dialect in CLIENT_DIALECTS), (cp.GEMINI, True)):
+            with self.subTest(dialect, array=array), mock.patch.object(cp.TranslatedRoad, "_remember", side_effect=RuntimeError("boom")):
+                self.forget()
+                upstream = cp.RESPONSES if dialect != cp.RESPONSES else cp.CHAT
+                step = stream(*script(upstream)[:4], Heard(), *script(upstream)[4:])
+                self.upstream.answer(UPSTREAM_PATHS[upstream], step)
+                asking_client = StoringClient(dialect, MODEL_OF[upstream], True)
+                asking_client.say("hi")
+                path, body = asking_client.ask()
+                client = self.client()
+                client.request("POST", path.partition("?")[0] if array else path, body)
+                answer = hear(client, dialect, step)
+                self.assertEqual("", array_complaint(answer.body) if array else "", answer.text[-300:])
+                self.assertIn(ERROR_MARKS[dialect], (array_as_frames(answer.body) if array else answer.body)[-900:])
 
 
 class QueuedRequests(LimitCase):
