@@ -14529,6 +14529,7 @@ class LedgerFiles(LedgerCase):
 DIALECTS_SERVED = (cp.CHAT, cp.RESPONSES, cp.MESSAGES)
 SPOKEN = ["Grüße, ", "Welt 🙂 und", " \u2028 Ende"]
 QUICK = {"streams": {"keepAliveSeconds": 1, "statusHoldSeconds": 1}}  # a scan every 0.1 s: gateways stop quickly
+PATIENT = {"streams": {"keepAliveSeconds": 60, "statusHoldSeconds": 60}}  # nothing comes between, however busy the machine
 
 
 def chat_frame(delta: Json, finish: Optional[str] = None, **more: Any) -> bytes:
@@ -14891,6 +14892,7 @@ def zipped(frames: List[bytes]) -> List[bytes]:
 class StreamFaults(RelayCase):
     """Law 4: whatever upstream does, a stream ends once and legally, or is a real HTTP error."""
 
+    config = PATIENT
     # name -> (frames of a clean stream -> steps, what becomes of it): a status, or how the stream ends
     FAULTS: Dict[str, Tuple[Callable[[List[bytes]], List[Step]], Any]] = {
         "reset":                        (lambda frames: [refuse()] * 8, (504,)),
@@ -18272,7 +18274,7 @@ class LongLimits(LimitCase):
 class RefusalsTold(LimitCase):
     """Every refusal of upstream's as its client meets it: as an answer, and as the first frame of a stream."""
 
-    config = {"streams": {"keepAliveSeconds": 1, "statusHoldSeconds": 60, "retryWaitSeconds": 0.01}}
+    config = {"streams": {**PATIENT["streams"], "retryWaitSeconds": 0.01}}
     # A past date says "now"; a renewed token is tried once, but no frame has ever told of one that was refused.
     ROWS = [row for row in REFUSALS_OF_UPSTREAM if row[1] != 400 and "date" not in row[0]]
 
@@ -18328,7 +18330,7 @@ class RefusalsTold(LimitCase):
 class HeldStatus(LimitCase):
     """The status line is held until upstream has said something, at most `streams.statusHoldSeconds`."""
 
-    config = {"streams": {"keepAliveSeconds": 1, "statusHoldSeconds": 60}}
+    config = PATIENT
     # what upstream may say before it has an answer
     PRELUDES = {cp.CHAT: [b": hello\n\n", sse({"choices": [], "id": "", "model": "", "prompt_filter_results": []})],
                 cp.RESPONSES: [b": hello\n\n"], cp.MESSAGES: [sse({"type": "ping"}, "ping"), b"event: ping\ndata: {\"type\": \"ping\"}\n\n", b": hello\n\n"]}
