@@ -91,7 +91,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Pattern, Sequence, Set, Tuple,
                     Union)
 
@@ -453,6 +453,15 @@ class Fault(Event):
         self.failure = failure
 
 
+class Used(Event):
+    """What has been used so far, where upstream says it before the end. Nothing for the client: if the stream breaks off, it is billed."""
+
+    __slots__ = ("usage",)
+
+    def __init__(self, usage: Usage) -> None:
+        self.usage = usage
+
+
 class Pulse(Event):
     """Upstream is alive, nothing else."""
 
@@ -719,6 +728,7 @@ class Failure(Value):
     request_id: Optional[str] = None
     headers: Tuple[Tuple[str, str], ...] = ()  # of upstream's answer, those that are relayed
     param: Optional[str] = None  # what upstream says the failure is about
+    told: Optional[Tuple[int, Dict[str, str], bytes]] = None  # (status, headers, body) that an error frame stood for; see `dated`
 
 
 # What an upstream answer means: the first row that fits counts. `statuses` None = any; the pattern is
@@ -730,13 +740,14 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((400, 413, 422, 500), r"model_max_prompt_tokens_exceeded|context_length_exceeded|prompt is too long"
      r"|prompt token count of \d+ exceeds|exceeds the context window|too large for model context window"
      r"|maximum context length|input is too long for requested model",                 "overflow",  "request",  ""),
+    (None,           r"websocket_(connection|stream)_limit_reached",                   "transport", "provider", TRANSIENT),
     ((400,),         r"unsupported_api_for_model|is not accessible via the",           "model",     "model",    ""),
     ((400,),         r"no_available_model_endpoints",                                  "policy",    "model",    ""),
     ((400, 404),     r"model_not_supported|model_not_found|model is not supported|requested model is not supported",
                                                                                        "model",     "model",    ""),
     ((400, 466),     r"editor-version|copilot-integration-id|personal access tokens are not supported",
                                                                                        "policy",    "provider", ""),
-    ((400,),         r"off_topic",                                                     "filter",    "request",  ""),
+    ((400,),         r"off_topic|cyber_policy",                                        "filter",    "request",  ""),
     ((401,),         r"authorize_url",                                                 "policy",    "account",  ""),
     ((401,),         r"auto-mode selector",                                            "request",   "request",  ""),
     ((401,),         r"",                                                              "auth",      "account",  RENEW),
@@ -745,6 +756,7 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((403,),         r"not licensed|not authorized to use this copilot feature|denied by copilot policy"
      r"|no_copilot_access|feature_flag_blocked",                                       "policy",    "account",  ""),
     ((403,),         r"quota|monthly limit|premium requests",                          "quota",     "account",  ""),
+    ((403,),         r"answered with an html page",                                    "policy",    "provider", ""),
     ((403,),         r"endpoint is forbidden",                                         "policy",    "account",  RENEW),
     ((403,),         r"",                                                              "auth",      "account",  RENEW),
     ((404,),         r"",                                                              "model",     "model",    ""),
@@ -753,8 +765,8 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((421,),         r"",                                                              "auth",      "account",  RENEW),
     ((422,),         r"",                                                              "filter",    "request",  ""),
     ((429,),         r"too many concurrent",                                           "rate",      "account",  TRANSIENT),
-    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|billing_not_configured|usage_limit_reached",
-                                                                                       "quota",     "account",  ""),
+    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|additional_spend_limit|billing_not_configured"
+     r"|usage_limit_reached",                                                          "quota",     "account",  ""),
     ((429,),         r"user_model_rate_limited|model_overloaded|agent_mode_limit",     "rate",      "model",    ""),
     ((429,),         r"integration_rate_limited|upstream_provider_rate_limit",         "rate",      "provider", ""),
     ((429,),         r"extension_blocked",                                             "policy",    "account",  ""),
@@ -802,7 +814,7 @@ def error_text(body: bytes) -> Tuple[str, Optional[str], Optional[Json]]:
     inner = parsed.get("error")
     inner = inner if isinstance(inner, dict) else parsed
     bare = parsed.get("error")
-    message = inner.get("message") or parsed.get("detail") or (bare if isinstance(bare, str) else None) or text
+    message = inner.get("message") or inner.get("detail") or parsed.get("detail") or (bare if isinstance(bare, str) else None) or text
     code = inner.get("code") or inner.get("type") if inner is not parsed else inner.get("code")
     return str(message), str(code) if code else None, parsed
 
@@ -856,6 +868,47 @@ def stated_reset(headers: Dict[str, str], parsed: Optional[Json]) -> Optional[fl
     return None
 
 
+# Headers that tell how full the buckets of a kind of limit are: `ent=1500&ov=0.0&ovPerm=false&rem=0.0&rst=2026-09-01T00%3A00%3A00Z`
+# (copilot-upstream 2.3). In frames the same stands in an object.
+BUCKETS = {"quota": "x-quota-snapshot-", "rate": "x-usage-ratelimit-"}
+ROLLING = frozenset(("session", "weekly"))
+
+
+def exhausted_until(kind: str, headers: Dict[str, str]) -> Optional[float]:
+    """When the last of the used-up buckets of a kind of limit is full again (Unix seconds)."""
+    prefix = BUCKETS.get(kind, "none")
+    buckets = [dict(parse_qsl(value)) for name, value in headers.items() if name.startswith(prefix)]
+    empty = [bucket for bucket in buckets if bucket.get("ovPerm") != "true" and bucket.get("ent") != "-1" and seconds_of(bucket.get("rem")) == 0]
+    return max(filter(None, (moment_of(bucket.get("rst")) for bucket in empty)), default=None)
+
+
+def moment_of(text: Optional[str]) -> Optional[float]:
+    """Unix seconds of `2026-09-01T00:00:00Z`, None when it is no moment."""
+    found = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", text or "")
+    try:
+        return float(email.utils.mktime_tz((*map(int, found.groups()), 0, 1, -1, 0))) if found else None
+    except ValueError:
+        return None
+
+
+def snapshot_headers(parsed: Optional[Json]) -> Dict[str, str]:
+    """The buckets of a body or frame as the headers that say the same on successes:
+
+    {"copilot_quota_snapshots":{"premium_interactions":{"entitlement":"1500","percent_remaining":0,"overage_permitted":false,
+     "overage_count":0,"reset_date":"2026-09-01T00:00:00Z"}}}   copilot-upstream 6.6; `entitlement` is a string
+    """
+    snapshots = (parsed or {}).get("copilot_quota_snapshots")
+    headers = {}
+    for name, bucket in snapshots.items() if isinstance(snapshots, dict) else ():
+        if isinstance(bucket, dict) and re.fullmatch(r"\w{1,40}", name):
+            fields = {"ent": bucket.get("entitlement"), "ov": bucket.get("overage_count"), "ovPerm": bucket.get("overage_permitted"),
+                      "rem": bucket.get("percent_remaining"), "rst": bucket.get("reset_date")}
+            headers[BUCKETS["rate" if name in ROLLING else "quota"] + name.lower()] = "&".join(
+                f"{field}={quote(value if isinstance(value, str) else json.dumps(value), safe='', errors='replace')}"
+                for field, value in fields.items() if isinstance(value, (str, int, float)))
+    return headers
+
+
 def overflow_numbers(message: str) -> Optional[Tuple[int, int]]:
     """(tokens sent, tokens allowed) where the message names both."""
     for pattern in OVERFLOW_NUMBERS:
@@ -890,8 +943,11 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
     for statuses, pattern, kind, scope, cure in FAILURE_ROWS:
         if (statuses is None or status in statuses) and re.search(pattern, haystack):
             break
+    headers = {**snapshot_headers(parsed), **headers}
     wait = stated_wait(headers, body.decode("utf-8", "replace"), now)
     resets = stated_reset(headers, parsed)
+    if wait is None and resets is None:
+        resets = exhausted_until(kind, headers)
     if resets is None and wait is not None:
         resets = now + wait
     if wait is None and resets is not None:
@@ -901,8 +957,22 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
                    resets_at=resets if kind in ("rate", "quota") else None,
                    overflow=overflow_numbers(message) if kind == "overflow" else None,
                    transient=cure == TRANSIENT, renew=cure == RENEW, param=error_param(parsed),
-                   request_id=headers.get("x-request-id") or headers.get("request-id") or headers.get("x-github-request-id"),
-                   headers=tuple(relayed_headers(headers)))
+                   request_id=request_id_of(headers), headers=tuple(relayed_headers(headers)))
+
+
+def request_id_of(headers: Dict[str, str]) -> Optional[str]:
+    """Upstream's name for one exchange."""
+    return headers.get("x-request-id") or headers.get("request-id") or headers.get("x-github-request-id")
+
+
+def dated(failure: Failure, headers: Dict[str, str], now: float) -> Failure:
+    """The failure of an error frame with what only the moment and the head of its answer can say; any other as it is."""
+    if failure.told is None:
+        return failure
+    again = classify(*failure.told, now)
+    named = {name for name, _ in again.headers}
+    return replace(again, told=failure.told, transient=failure.transient, request_id=again.request_id or request_id_of(headers),
+                   headers=again.headers + tuple(pair for pair in relayed_headers(headers) if pair[0] not in named))
 
 
 # What the user can do about a limit or a policy: (kind, pattern in "code message", advice); the first row that fits.
@@ -919,6 +989,7 @@ ADVICE = (
      "GitHub refuses this account or client: stop automated use, then sign in again (python copilot_proxy.py auth login)"),
     ("policy", r"editor-version|client not supported|integration-id",
      "set a newer identity.editorVersion, identity.pluginVersion and identity.userAgent in config.json"),
+    ("policy", r"html page",                      "something in front of upstream refuses this client: try another network or proxy, or set identity.userAgent"),
     ("policy", r"personal access token",          "this kind of token cannot be used: sign in with python copilot_proxy.py auth login"),
     ("policy", r"feature|policy",                 "an organization's owner must allow it in the Copilot policies of the organization"),
     ("policy", r"",                               "what this account may do is listed at https://github.com/settings/copilot"),
@@ -1399,6 +1470,15 @@ def frame_json(frame: bytes) -> Optional[Json]:
 JUNK_DATA = re.compile(rb"\ndata: ?[^{ ]")
 
 
+# Lines of comments and of Messages' `ping`, and blank ones.
+PRELUDE = re.compile(rb'(?::[^\r\n]*\r?\n|event: ?ping\r?\n|data: ?\{"type": ?"ping"\}\r?\n|\r?\n)*')
+
+
+def is_prelude(frames: bytes) -> bool:
+    """Whether frames are only comments and pings: upstream is alive and may still refuse."""
+    return PRELUDE.fullmatch(frames) is not None
+
+
 def without_junk(frames: bytes, end_word: str) -> bytes:
     """Whole frames without those whose data is neither a JSON object nor the word that ends a stream: clients fail on them.
 
@@ -1684,6 +1764,9 @@ class Codec:
         raise NotImplementedError
 
 
+USAGE_NEEDLE = b'_tokens"'  # in the usage of every dialect; inside JSON text the quote is escaped
+
+
 class Meter:
     """Reads along one pass-through stream and sees to it that it ends once and legally.
 
@@ -1692,12 +1775,14 @@ class Meter:
 
     Learns `usage`, `served_model` and `stop_reason`. Nothing is parsed per frame: the first frames are
     read, the last few reads are kept and read when the stream has ended. `ended` is set once a terminal frame
-    has gone out: nothing may follow it. `error` is the failure an error frame of upstream stands for.
+    has gone out: nothing may follow it. `error` is the failure an error frame of upstream stands for; one of another
+    form than the dialect's is held back, and `close` says it.
     """
 
     # finish chunk, usage chunk, cost chunk and [DONE] may each come in a read of their own
     KEPT_READS = 6
     KEPT_FRAMES = 12  # of these reads: at full speed one holds hundreds, and all of them took 6 ms to parse
+    TOLD_BYTES = 2048  # of each read are searched for usage told on the way: a whole one took 50 us
 
     def __init__(self, trace_id: str) -> None:
         self.trace_id = trace_id
@@ -1707,6 +1792,7 @@ class Meter:
         self.error: Optional[Failure] = None
         self.ended = False
         self._recent: deque = deque(maxlen=self.KEPT_READS)
+        self._told = b""  # the last read that spoke of usage
 
     def feed(self, frames: bytes) -> bytes:
         """Remembers the frames, and gives those to relay."""
@@ -1729,6 +1815,13 @@ class Meter:
         """Remembers a read; comments alone (upstream's own keep-alives) would push the last frames out."""
         if b"data:" in frames and not self.ended:
             self._recent.append(frames)
+            if frames.find(USAGE_NEEDLE, -self.TOLD_BYTES) >= 0:
+                self._told = frames
+
+    def _last_told(self) -> Iterator[Json]:
+        """The JSON of the last frames that spoke of usage, newest first: where it grows on the way they may be long gone from those kept."""
+        told = [frame for frame in split_frames(self._told + b"".join(self._recent)) if USAGE_NEEDLE in frame]
+        yield from filter(None, map(frame_json, told[:-self.KEPT_FRAMES - 1:-1]))
 
     def _last_objects(self) -> Iterator[Json]:
         """The JSON of the frames kept, newest first."""
@@ -1741,19 +1834,32 @@ class Meter:
 CUT = Failure("transport", "provider", 502, "the upstream connection ended before the answer was complete", INTERRUPTED,
               transient=True)
 
-# The status an error frame would have had as an answer of its own, by its type or code up to a colon.
+# The status an error frame would have had as an answer of its own, by its type or code up to a colon. Sources: copilot-upstream 6.6,
+# 9.2, 10.4.
 STREAM_ERROR_STATUS = {
     **dict.fromkeys((
         "invalid_request_error", "invalid_request_body", "context_length_exceeded", "model_max_prompt_tokens_exceeded", "invalid_prompt",
         "invalid_tool_call_format", "invalid_function_parameters", "invalid_encrypted_content", "invalid_value", "unknown_parameter",
-        "unsupported_parameter", "unsupported_value", "unsupported_api_for_model", "model_not_supported", "no_available_model_endpoints"), 400),
-    "previous_response_not_found": 400, "cyber_policy": 422, "bad_request": 400, "authentication_error": 401,
-    "permission_error": 403, "not_found_error": 404, "not_found": 404, "request_too_large": 413, "content_filter": 422,
-    "rate_limit_error": 429, "rate_limit_exceeded": 429, "rate_limited": 429, "user_model_rate_limited": 429,
-    "user_global_rate_limited": 429, "integration_rate_limited": 429, "model_overloaded": 429, "quota_exceeded": 402,
-    "insufficient_quota": 429, "api_error": 500, "server_error": 500, "internal_error": 500,
-    "server_is_overloaded": 503, "service_unavailable": 503, "overloaded_error": 529,
+        "unsupported_parameter", "unsupported_value", "unsupported_api_for_model", "model_not_supported", "no_available_model_endpoints",
+        "previous_response_not_found", "bad_request"), 400),
+    **dict.fromkeys(("authentication_error", "session_expired"), 401),
+    **dict.fromkeys(("quota_exceeded", "free_quota_exceeded", "overage_limit_reached", "additional_spend_limit_reached",
+                     "session_quota_exceeded", "billing_not_configured"), 402),
+    **dict.fromkeys(("permission_error", "usage_not_included"), 403),
+    **dict.fromkeys(("not_found_error", "not_found"), 404),
+    "user_request_timeout": 408, "request_too_large": 413,
+    **dict.fromkeys(("content_filter", "cyber_policy"), 422),
+    **dict.fromkeys((
+        "rate_limit_error", "rate_limit_exceeded", "rate_limited", "user_model_rate_limited", "user_global_rate_limited",
+        "user_weekly_rate_limited", "integration_rate_limited", "model_overloaded", "agent_mode_limit_exceeded",
+        "upstream_provider_rate_limit", "extension_blocked", "usage_limit_reached", "insufficient_quota"), 429),
+    **dict.fromkeys(("api_error", "server_error", "internal_error"), 500),
+    **dict.fromkeys(("server_is_overloaded", "service_unavailable", "slow_down"), 503),
+    "overloaded_error": 529,
 }
+# Limits of a WebSocket, not of the request: a new socket cures them, whatever status the frame names (400, 429).
+SOCKET_LIMITS = frozenset(("websocket_connection_limit_reached", "websocket_stream_limit_reached"))
+FRAME_MEMBERS = frozenset(("headers", "status", "status_code", "copilot_quota_snapshots", "sequence_number", "event_id"))
 
 
 def is_error_object(body: Json) -> bool:
@@ -1762,15 +1868,67 @@ def is_error_object(body: Json) -> bool:
 
 
 def stream_failure(body: Json) -> Failure:
-    """What an error frame inside a stream says, as if it had come with a status; 502 when it names none.
+    """What an error frame says, as if it had come as an answer of its own; 502 when it names no status.
 
     {"error":{"message","code"}}   {"type":"error","error":{"type","message"}}   {"type":"error","code","message"}
+    {"type":"error","status":429,"error":{…},"headers":{"retry-after":"3600"}}   {…,"copilot_quota_snapshots":{…}}
     """
-    inner = body.get("error") if isinstance(body.get("error"), dict) else body
+    inner = body.get("error")
+    if isinstance(inner, str):
+        inner = {"message": inner}
+    elif not isinstance(inner, dict):
+        inner = {name: value for name, value in body.items() if name not in FRAME_MEMBERS}
+    status = frame_status(body, inner)
+    told = {"error": inner, **{name: value for name, value in body.items() if name == "copilot_quota_snapshots"}}
+    failure = framed_failure(status or 502, frame_headers(body), dump_json(told))
+    return failure if status else replace(failure, transient=False)  # nobody knows whether it would pass
+
+
+def frame_status(body: Json, inner: Json) -> Optional[int]:
+    """The status of an error frame: as it states, by its code or type, or by its words."""
     names = [str(inner.get(key)).partition(":")[0] for key in ("code", "type") if inner.get(key)]
-    usual = 400 if overflows(str(inner.get("message"))) else 502
-    status = next((STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS), usual)
-    return classify(status, {}, dump_json({"error": inner}), 0.0)
+    if not SOCKET_LIMITS.isdisjoint(names):
+        return 503
+    said = [value for value in (body.get("status"), body.get("status_code"), inner.get("code")) if type(value) is int and 400 <= value <= 599]
+    said += [STREAM_ERROR_STATUS[name] for name in names if name in STREAM_ERROR_STATUS]
+    return said[0] if said else worded_status(inner)
+
+
+# Words of answers whose status says the rest (copilot-upstream 9.2).
+STATUS_WORDS = ((r"unauthorized", 401), (r"entity too large", 413), (r"misdirected request", 421), (r"responsible ai", 422),
+                (PROSE_WAIT, 429), (r"service unavailable", 503))
+
+
+def worded_status(inner: Json) -> Optional[int]:
+    """The status that goes with the words of an error: that of the first row of FAILURE_ROWS they fit."""
+    text = f"{inner.get('code') or ''} {inner.get('message') or dump_json(inner).decode()}".lower()
+    for statuses, pattern, kind, _, _ in FAILURE_ROWS:
+        if pattern and re.search(pattern, text):
+            return statuses[0] if statuses else 402 if kind == "quota" else 429
+    return next((status for pattern, status in STATUS_WORDS if re.search(pattern, text)), None)
+
+
+def frame_headers(body: Json) -> Dict[str, str]:
+    """The `headers` of an error frame: those that could stand in a head."""
+    given = body.get("headers")
+    pairs = [(name.lower(), str(value)) for name, value in given.items() if isinstance(value, (str, int, float))] if isinstance(given, dict) else []
+    return {name: value for name, value in pairs if re.fullmatch(r"[\w-]{1,100}", name, re.A) and re.fullmatch(r"[ -~]{1,2000}", value)}
+
+
+def framed_failure(status: int, headers: Dict[str, str], body: bytes) -> Failure:
+    """The verdict on what a frame tells. There is no clock here: `dated` says later when a limit ends."""
+    return replace(classify(status, headers, body, 0.0), resets_at=None, told=(status, headers, body))
+
+
+# What a WebSocket close code stands for before the answer is complete (RFC 6455, 7.4.1; copilot-upstream 6.6); any other is a cut.
+CLOSE_STATUS = {1008: 403, 1009: 413, 1011: 500, 1012: 503, 1013: 503}
+
+
+def closed_failure(code: int, reason: str) -> Failure:
+    """The failure of a WebSocket that upstream closed before its answer was complete."""
+    said = reason or f"upstream closed the WebSocket ({code})"
+    status = CLOSE_STATUS.get(code)
+    return framed_failure(status, {}, dump_json({"error": {"message": said}})) if status else replace(CUT, message=said)
 
 
 # ---- meanings ---------------------------------------------------------------
@@ -1980,20 +2138,25 @@ def opening(block: Block) -> Block:
 def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event]]:
     """The same stream under the hub's grammar, whatever the decoder gave:
 
-        ReplyStart (Pulse | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
+        ReplyStart (Pulse | Used | BlockStart i, (BlockDelta i)*, BlockStop i)* (ReplyStop | Fault)
 
     A missing start is made, open blocks are closed before the end, nothing follows it, a stream without an end
-    ends in a Fault. Deltas of blocks that are not open are dropped.
+    ends in a Fault. Deltas of blocks that are not open are dropped. What was used so far is the last of a batch, or the last before
+    the end: who counts looks nowhere else.
     """
     started = False
     open_blocks: set = set()
     for events in batches:
         lawful_events: List[Event] = []
+        used: List[Event] = []
         for event in events:
             kind = type(event)
             if kind is BlockDelta:
                 if event.index in open_blocks:
                     lawful_events.append(event)
+                continue
+            if kind is Used:
+                used = [event]
                 continue
             if not started and kind is not Pulse:
                 started = True
@@ -2009,12 +2172,12 @@ def lawful(batches: Iterable[List[Event]], trace_id: str) -> Iterator[List[Event
                 open_blocks.discard(event.index)
             elif kind is ReplyStop or kind is Fault:
                 lawful_events += [BlockStop(index) for index in sorted(open_blocks)]
-                lawful_events.append(event)
+                lawful_events += [*used, event]
                 yield lawful_events
                 return
             lawful_events.append(event)
-        if lawful_events:
-            yield lawful_events
+        if lawful_events or used:
+            yield lawful_events + used if used else lawful_events
     ending: List[Event] = [] if started else [ReplyStart(f"msg_{trace_id}", "")]
     yield ending + [BlockStop(index) for index in sorted(open_blocks)] + [Fault(CUT)]
 
@@ -3212,6 +3375,7 @@ class ChatReader:
         self._finish: Optional[str] = None
         self._usage: Optional[Usage] = None
         self._billed: Optional[int] = None
+        self._said: Optional[Usage] = None  # what has been told of usage
         self._skeleton: Optional[Tuple[str, str, int]] = None  # before and behind the text of the last delta, its block
         self._learnings = 0
 
@@ -3281,9 +3445,21 @@ class ChatReader:
         for at, choice in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(choice, dict):
                 self._choice(choice, at)
+        if chunk.get("usage") or "copilot_usage" in chunk:
+            self._tell_used()
         if len(self._events) == before:
             self._events.append(Pulse())
         return self._events
+
+    def _tell_used(self) -> None:
+        used = self._used()
+        if used is not None and used.total and used != self._said:
+            self._said = used
+            self._events.append(Used(used))
+
+    def _used(self) -> Optional[Usage]:
+        """What has been used so far."""
+        return self._usage if self._billed is None else replace(self._usage or Usage(), billed_nano=self._billed)
 
     def _identify(self, chunk: Json) -> None:
         """Id, model and usage, which may come late, in pieces, or again and again (Gemini, with zeros until the end)."""
@@ -3323,11 +3499,8 @@ class ChatReader:
                 self._events.append(BlockStop(call.index))
         word = stop_meaning(CHAT, self._finish)
         called = any(call.index is not None for call in self._calls)
-        usage = self._usage
-        if self._billed is not None:
-            usage = replace(usage or Usage(), billed_nano=self._billed)
         self._start()
-        return self._end(ReplyStop("tool" if word == "end" and called else word, usage))
+        return self._end(ReplyStop("tool" if word == "end" and called else word, self._used()))
 
     def _end(self, event: Event) -> List[Event]:
         self.ended = True
@@ -3485,7 +3658,7 @@ class ChatWriter:
         self._usage_asked = chat_asked_usage(asked)
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -3788,6 +3961,8 @@ class ChatMeter(Meter):
             billed = billed or billed_nano(chunk)  # it may come in a chunk of its own
             if self.usage is None or not self.usage.total:
                 self.usage = chat_usage(chunk.get("usage"), chunk) or self.usage
+        if self.usage is None or not self.usage.total:
+            self.usage = next(filter(None, (chat_usage(chunk.get("usage"), chunk) for chunk in self._last_told())), self.usage)
         if billed and self.usage:
             self.usage.billed_nano = billed
 
@@ -4610,8 +4785,10 @@ class ResponsesReader:
 
     def _start(self, event: Json) -> None:
         response = event.get("response")
-        if self._started or not isinstance(response, dict):
+        if not isinstance(response, dict):
             return
+        if self._started:
+            return self._tell_used(response, event)
         self._started = True
         created = response.get("created_at")
         self._seed = text_or_none(response.get("id")) or ""
@@ -4619,13 +4796,15 @@ class ResponsesReader:
                                        count_or_zero({"at": created}, "at"), responses_usage(response.get("usage"), event)))
 
     def _terminal(self, event: Json) -> None:
-        self._start(event)
+        if not self._started:
+            self._start(event)
         response = event.get("response")
         response = response if isinstance(response, dict) else {}
         said = name_in(event, "type").partition(".")[2]
         status = said if said in ("failed", "cancelled") else name_in(response, "status") or said
         if status in ("failed", "cancelled"):
-            return self._failed(response, status)
+            self._tell_used(response, event)
+            return self._failed(event, response, status)
         self._rest(responses_list(response.get("output")))
         details = response.get("incomplete_details")
         reason = (name_in(details, "reason") or None) if status == "incomplete" else None
@@ -4634,6 +4813,11 @@ class ResponsesReader:
             word = "length"
         usage = responses_usage(response.get("usage"), response if billed_nano(response) else event)
         self._end(ReplyStop("tool" if word == "end" and self._called else word, usage))
+
+    def _tell_used(self, response: Json, event: Json) -> None:
+        usage = responses_usage(response.get("usage"), response if billed_nano(response) else event)
+        if usage is not None:
+            self._events.append(Used(usage))
 
     def _rest(self, output: List[Any]) -> None:
         """Items that only the final object holds. Upstream may leave it empty though items were sent."""
@@ -4644,11 +4828,12 @@ class ResponsesReader:
         for place in list(self._parts):
             self._close(place)
 
-    def _failed(self, response: Json, status: str) -> None:
+    def _failed(self, event: Json, response: Json, status: str) -> None:
         inner = response.get("error")
         if isinstance(inner, dict):
-            return self._fail(stream_failure({"error": inner}))
-        self._held = stream_failure({"error": {"message": f"the response {'failed' if status == 'failed' else 'was cancelled'}"}})
+            return self._fail(stream_failure({**response, **event, "error": inner}))
+        said = f"the response {'failed' if status == 'failed' else 'was cancelled'}"
+        self._held = stream_failure({**response, **event, "error": {"message": said}})
 
     def _error(self, event: Json) -> None:
         self._fail(stream_failure(event))
@@ -4843,7 +5028,7 @@ class ResponsesWriter:
         self._usage: Optional[Usage] = None
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -5143,17 +5328,17 @@ class ResponsesMeter(Meter):
         self._response: Json = {}  # the object of `response.created`
 
     def relayed(self, frames: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if b'"response"' not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
     def passes(self, around: bytes) -> bool:
-        return not self.ended and b'"response"' not in around and b"error" not in around
+        return not self.ended and self.error is None and b'"response"' not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if b'"response"' not in frame and b"error" not in frame:
             return frame
@@ -5162,7 +5347,7 @@ class ResponsesMeter(Meter):
             return frame
         if event.get("type") == "error" or is_error_object(event):
             self.error = stream_failure(event)
-            return self._failed()
+            return b""
         if isinstance(event.get("response"), dict):
             return self._lifecycle(frame, event, event["response"])
         return frame
@@ -5174,6 +5359,7 @@ class ResponsesMeter(Meter):
             self._id = own or f"resp_{self.trace_id}"
             self._response = response
         self.served_model = text_or_none(response.get("model")) or self.served_model
+        self.usage = responses_usage(response.get("usage"), event) or self.usage
         if name_in(event, "type") in RESPONSES_TERMINALS:
             self._learn(event, response)
         if own == self._id:
@@ -5186,18 +5372,17 @@ class ResponsesMeter(Meter):
 
     def _learn(self, event: Json, response: Json) -> None:
         self.ended = True
-        self.usage = responses_usage(response.get("usage"), event) or self.usage
         details = response.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
         self.stop_reason = text_or_none(reason) or text_or_none(response.get("status"))
         if event.get("type") == "response.failed":
             inner = response.get("error")
-            self.error = stream_failure({"error": inner if isinstance(inner, dict) else {"message": "the response failed"}})
+            self.error = stream_failure({**response, **event, "error": inner if isinstance(inner, dict) else {"message": "the response failed"}})
 
     def close(self, failure: Optional[Failure]) -> bytes:
         if self.ended:
             return b""
-        self.error = failure or CUT
+        self.error = failure or self.error or CUT
         return self._failed()
 
     def _failed(self) -> bytes:
@@ -5909,6 +6094,9 @@ class MessagesReader:
         self._billed = billed_nano(body) or self._billed
         if isinstance(body.get("delta"), dict):
             self._delta = {**self._delta, **body["delta"]}
+        used = self._said()
+        if used is not None:
+            events.append(Used(used))
 
     def message_stop(self, body: Json, events: List[Event]) -> None:
         self._billed = billed_nano(body) or self._billed
@@ -6055,10 +6243,13 @@ class MessagesWriter:
     def pulse(self, event: Pulse, frames: List[Frame]) -> None:
         frames.append(Frame("ping", '{"type":"ping"}'))
 
+    def used(self, event: Used, frames: List[Frame]) -> None:
+        pass
+
 
 MESSAGES_FRAMES: Dict[type, Callable[[MessagesWriter, Any, List[Frame]], None]] = {
     BlockDelta: MessagesWriter.block_delta, BlockStart: MessagesWriter.block_start, BlockStop: MessagesWriter.block_stop,
-    ReplyStart: MessagesWriter.start, ReplyStop: MessagesWriter.stop, Fault: MessagesWriter.fault, Pulse: MessagesWriter.pulse,
+    ReplyStart: MessagesWriter.start, ReplyStop: MessagesWriter.stop, Fault: MessagesWriter.fault, Pulse: MessagesWriter.pulse, Used: MessagesWriter.used,
 }
 # blocks that stream -> (content_block of their start, type of their deltas)
 MESSAGES_OPENINGS: Dict[type, Tuple[Json, str]] = {
@@ -6231,17 +6422,17 @@ class MessagesMeter(Meter):
         self._started = False
 
     def relayed(self, frames: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if self._started and b"message_stop" not in frames and b"error" not in frames:
             return frames
         return b"".join(map(self._frame, split_frames(frames)))
 
     def passes(self, around: bytes) -> bool:
-        return self._started and not self.ended and b"message_stop" not in around and b"error" not in around
+        return self._started and not self.ended and self.error is None and b"message_stop" not in around and b"error" not in around
 
     def _frame(self, frame: bytes) -> bytes:
-        if self.ended:
+        if self.ended or self.error is not None:
             return b""
         if not self._started and b"message_start" in frame:
             self._start(frame)
@@ -6273,26 +6464,25 @@ class MessagesMeter(Meter):
             self._billed = billed_nano(event) or billed_nano(message)
 
     def _failed(self, frame: bytes) -> bytes:
-        """An error frame as it came, or in this dialect's form if it has another one; any other frame untouched."""
+        """An error frame as it came, or nothing if it has another form than this dialect's; any other frame untouched."""
         event = frame_json(frame) or {}
         if event.get("type") != "error" and not is_error_object(event):
             return frame
-        self.error, self.ended = stream_failure(event), True
-        if event.get("type") == parse_frame(frame)[0] == "error":
-            return frame
-        return format_sse("error", self._codec.encode_error(UpstreamError(self.error)))
+        self.error = stream_failure(event)
+        self.ended = event.get("type") == parse_frame(frame)[0] == "error"
+        return frame if self.ended else b""
 
     def close(self, failure: Optional[Failure]) -> bytes:
         self._learn()
         if self.ended:
             return b""
         self.ended = True
-        self.error = failure or CUT
+        self.error = failure or self.error or CUT
         return format_sse("error", self._codec.encode_error(UpstreamError(self.error)))
 
     def _learn(self) -> None:
         """Reads the newest message_delta: its usage is cumulative and the most accurate (copilot-upstream 7.3)."""
-        last = next((event for event in self._last_objects() if event.get("type") == "message_delta"), {})
+        last = next((event for told in (self._last_objects(), self._last_told()) for event in told if event.get("type") == "message_delta"), {})
         delta = last.get("delta")
         self.stop_reason = text_or_none(delta.get("stop_reason")) if isinstance(delta, dict) else None
         usage = messages_later_usage(self._usage, last.get("usage"))
@@ -6929,7 +7119,7 @@ def gemini_failure(error: Json) -> Failure:
     if type(code) is not int or not 400 <= code <= 599:
         code = GEMINI_CODES.get(word, 502)
     told = {"message": text_or_none(error.get("message")) or word or "upstream sent an error without a text", "code": word or None}
-    return classify(code, {}, dump_json({"error": told}), 0.0)
+    return framed_failure(code, {}, dump_json({"error": told}))
 
 
 def gemini_error(error: ProxyError) -> Json:
@@ -6994,7 +7184,8 @@ class GeminiReader:
             self.ended = True
             self._events.append(Fault(gemini_failure(chunk["error"])))
             return self._events
-        self._usage = chunk.get("usageMetadata") or chunk.get("usage_metadata") or self._usage
+        used = chunk.get("usageMetadata") or chunk.get("usage_metadata") or self._usage
+        news, self._usage = used != self._usage and self._started, used
         if not self._started:
             self._start(gemini_fields(chunk))
         candidates = chunk.get("candidates")
@@ -7005,6 +7196,9 @@ class GeminiReader:
             self._events.append(Pulse())
             if gemini_fields(gemini_fields(chunk).get("promptFeedback")).get("blockReason"):
                 self._reason = "SAFETY"
+        used = gemini_usage(self._usage) if news else None
+        if used is not None:
+            self._events.append(Used(used))
         return self._events
 
     def end(self, reason: Optional[str] = None) -> List[Event]:
@@ -7125,7 +7319,7 @@ class GeminiWriter:
         self._usage: Optional[Usage] = None
         self._actions: Dict[Any, Callable[[Any], None]] = {
             ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None}
+            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -11963,8 +12157,10 @@ CONNECT_S = 30.0
 # An idle pooled socket older than this is closed: load balancers drop theirs after about 60 s.
 POOL_IDLE_S = 50.0
 POOL_SIZE = 64  # idle sockets kept per host; more than any burst of one user leaves behind
-# Probes on a silent upstream socket, so that a dead route is noticed within about two minutes.
-TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+# Probes on a silent upstream socket, so that a dead route is noticed within about two minutes: seconds of silence, seconds between
+# probes, probes. The first is called TCP_KEEPIDLE on Linux and Windows, TCP_KEEPALIVE on macOS, where Python 3.9 does not name it.
+TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+MACOS_TCP_KEEPALIVE = 0x10  # netinet/tcp.h
 # How long a finished stream may keep its socket busy before the socket is closed instead of pooled.
 DRAIN_S = 0.05
 # A head and a body above this are sent by two calls: joining 5 MB costs 3 ms.
@@ -12477,6 +12673,21 @@ def split_address(address: str, port: int) -> Tuple[str, int]:
     return parts.hostname or "", parts.port or port
 
 
+def probe_when_silent(sock: Any) -> None:
+    """Has the system probe a connected socket that is silent, by the names it has for that."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    named = [(getattr(socket, name), value) for name, value in TCP_KEEPALIVE if hasattr(socket, name)]
+    if sys.platform == "darwin" and not hasattr(socket, "TCP_KEEPALIVE"):
+        named.insert(0, (MACOS_TCP_KEEPALIVE, TCP_KEEPALIVE[1][1]))
+    try:
+        for option, value in named:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if not named and hasattr(socket, "SIO_KEEPALIVE_VALS"):  # Windows before 10, 1709: on, milliseconds; it probes ten times
+            sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, TCP_KEEPALIVE[0][1] * 1000, TCP_KEEPALIVE[2][1] * 1000))
+    except OSError:
+        pass  # the name is known here and the option is not: the system's own two hours stay
+
+
 def connect(host: str, port: int, stopper: Stopper) -> socket.socket:
     """A TCP connection under the stopper's switch, tried address by address; raises OSError."""
     last: Optional[OSError] = None
@@ -12487,10 +12698,7 @@ def connect(host: str, port: int, stopper: Stopper) -> socket.socket:
             sock.settimeout(CONNECT_S)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in TCP_KEEPALIVE:
-                if hasattr(socket, name):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            probe_when_silent(sock)
             return sock
         except OSError as exc:
             sock.close()
@@ -12614,6 +12822,10 @@ class RetryPolicy(NamedTuple):
 # ---- the client's end -------------------------------------------------------
 
 
+# Keep-alives and the status line are due a little early, so that with the watch's own step neither promise is exceeded.
+HOLD_SHARE = 0.9
+
+
 class ClientLine:
     """The writing side of one request: the status line held back, keep-alives, one lock.
 
@@ -12625,7 +12837,7 @@ class ClientLine:
     """
 
     __slots__ = ("sock", "stopper", "gone", "opened", "ended", "watched", "started_at", "sent_at", "bytes_out", "keep_alive",
-                 "early_head", "chunked", "captured", "_lock", "_owed", "_clock")
+                 "early_head", "ending", "chunked", "captured", "_lock", "_owed", "_clock")
 
     def __init__(self, sock: socket.socket, chunked: bool, clock: Callable[[], float]) -> None:
         self.sock = sock
@@ -12638,6 +12850,7 @@ class ClientLine:
         self.bytes_out = 0
         self.keep_alive = b""  # none: a whole answer, nothing may be sent early
         self.early_head = b""
+        self.ending: Optional[Callable[[Failure], bytes]] = None  # what ends the stream when it fails
         self.chunked = chunked
         self.captured: Optional[bytearray] = None  # the body as sent, unframed, where logs want it
         self._lock = threading.Lock()
@@ -12717,8 +12930,7 @@ class ClientLine:
         """Sends a keep-alive if one is due. Never waits: a line that is being written needs none."""
         if not self.keep_alive or self.ended:
             return
-        # Due a little early, so that with the scan's own step neither promise is exceeded.
-        due = self.sent_at + 0.9 * keep_alive_s if self.opened else self.started_at + 0.9 * status_hold_s
+        due = self.sent_at + HOLD_SHARE * keep_alive_s if self.opened else self.started_at + HOLD_SHARE * status_hold_s
         if now < due or not self._lock.acquire(False):
             return
         try:
@@ -13153,6 +13365,10 @@ class Accounts:
         """Looks for an account in the background."""
         threading.Thread(target=self.settle, name="accounts", daemon=True).start()
 
+    def stop(self) -> None:
+        """Ends what was begun on its own: a sign-in that nobody will finish."""
+        self.device.stop()
+
     def settle(self) -> None:
         """Tries the found tokens in order until one works; called once at start and by commands."""
         try:
@@ -13468,6 +13684,11 @@ class DeviceFlow:
                 "verification_uri": self.document.get("verification_uri"), "expires_in": left,
                 **({"error": self.reason} if self.reason else {})}
 
+    def stop(self) -> None:
+        """Ends the poll."""
+        with self._lock:
+            self._stopped.set()
+
     def code_line(self) -> str:
         """`enter WDJB-MJHT at https://…`, "" while there is no code."""
         with self._lock:
@@ -13760,16 +13981,18 @@ class Models:
             wait_for(self._idle, wait_s, stopper)
         return self._catalogue
 
-    def find_anew(self, name: str) -> Optional[Tuple[str, Optional[str]]]:
-        """Looks a name up in a catalogue fetched for it, because it may be new; at most one such fetch per 15 s."""
+    def find_anew(self, name: str, wait_s: float, stopper: Optional[Stopper] = None) -> Optional[Tuple[str, Optional[str]]]:
+        """Looks a name up in a catalogue fetched for it, because it may be new; at most one such fetch per 15 s.
+
+        After `wait_s` the list we have is the answer, and the fetched one that of the next request. Raises ClientGone.
+        """
         with self._lock:
             if self._clock() < self._asked_anew + CATALOGUE_RETRY_S:
                 return None
             self._asked_anew = self._clock()
-        try:
-            return self.refresh().find(name)
-        except ProxyError:
-            return None  # the list we have does not hold the name: that is the answer
+        self.refresh_soon(now=True)
+        wait_for(self._idle, wait_s, stopper)
+        return self._catalogue.find(name) if self._catalogue is not None else None
 
     def refresh_soon(self, now: bool = False) -> None:
         """Starts a background fetch if one is due (or `now`)."""
@@ -14954,6 +15177,8 @@ def error_headers(error: ProxyError) -> List[Tuple[str, str]]:
     """Headers of an error answer: what upstream said about limits, and that a retry is of no use where it is."""
     failure = getattr(error, "failure", None)
     headers = list(error.headers.items())
+    if failure is not None and failure.wait_s is not None and "retry-after" not in error.headers:
+        headers.append(("retry-after", str(math.ceil(failure.wait_s))))  # upstream said it in words or in a frame
     if error.final or failure is not None and (failure.kind in NO_RETRY_KINDS or is_long(failure)):
         headers.append(("x-should-retry", "false"))
     return headers
@@ -15129,9 +15354,9 @@ class Planner:
         plan.provider, plan.model, plan.upstream_dialect = self._provider.name, name, plan.dialect
         if accounts.settled.is_set() and accounts.active is None:
             raise accounts.sign_in_needed()
-        catalogue = self._models.current(settings["streams.statusHoldSeconds"], stopper)
+        catalogue = self._models.current(HOLD_SHARE * settings["streams.statusHoldSeconds"], stopper)
         if catalogue is not None:
-            plan.model, reason = self._found(name, catalogue, plan)
+            plan.model, reason = self._found(name, catalogue, plan, stopper)
             plan.record = (self._models.current() or catalogue).records.get(plan.model)
             reasons += [reason] if reason else []
         plan.model_reason = ",".join(reasons) or None
@@ -15163,10 +15388,10 @@ class Planner:
         self._direct(plan)
         return True
 
-    def _found(self, name: str, catalogue: Catalogue, plan: Plan) -> Tuple[str, Optional[str]]:
-        """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError."""
-        long = self._long(name, plan)
-        found = catalogue.find(long) or self._models.find_anew(long)
+    def _found(self, name: str, catalogue: Catalogue, plan: Plan, stopper: Stopper) -> Tuple[str, Optional[str]]:
+        """(id, reason) of a name: what it means, else its kin where that is allowed; raises ClientError, ClientGone."""
+        long, hold_s = self._long(name, plan), self._settings()["streams.statusHoldSeconds"]
+        found = catalogue.find(long) or self._models.find_anew(long, HOLD_SHARE * hold_s, stopper)
         if found is not None:
             return found[0], None if found[0] == name else found[1] or "alias"
         kin = self._provider.stand_ins.get(plan.operation)
@@ -15350,6 +15575,10 @@ class Batches:
         self._answer = answer
         self.failure: Optional[Failure] = None
 
+    def dated(self, failure: Failure) -> Failure:
+        """What a frame of this stream told, at the moment it came."""
+        return dated(failure, self._answer.headers, time.time())
+
     def __iter__(self) -> Iterator[bytes]:
         buffer = FrameBuffer()
         while True:
@@ -15375,19 +15604,21 @@ def assembled_reply(codec: Codec, answer: Answer, exchange: Exchange) -> Reply:
     batches = Batches(answer)
     events = lawful(guarded(codec.decode_stream(map(parse_frames, batches))), exchange.trace_id)
     try:
-        return collect(noted_start(events, exchange))
+        return collect(noted(events, exchange))
     except UpstreamError as error:
         if error.failure.code == INTERRUPTED and batches.failure is not None:
             raise UpstreamError(batches.failure) from error
         raise
 
 
-def noted_start(batches: Iterable[List[Event]], exchange: Exchange) -> Iterator[List[Event]]:
-    """The same events; what the first tells of usage stays in the record if the stream breaks off."""
+def noted(batches: Iterable[List[Event]], exchange: Exchange) -> Iterator[List[Event]]:
+    """The same events; what they tell of usage on the way stays in the record if the stream breaks off."""
     for events in batches:
         for event in events:
             if type(event) is ReplyStart:
                 exchange.usage, exchange.served_model = event.usage, event.model
+            elif type(event) is Used:
+                exchange.usage = event.usage
         yield events
 
 
@@ -15403,27 +15634,32 @@ class PassThroughRoad(Road):
     def stream(self, answer: Answer) -> None:
         """Moves whole frames as they arrive: read -> cut -> meter -> patch -> write, one write per read."""
         passage = Passage(self._codec, self.exchange.trace_id, self.plan, self._quirks)
-        meter, batches, last = passage.meter, Batches(answer), b""
+        meter, batches, last, held = passage.meter, Batches(answer), b"", b""
         try:
             for frames in batches:
                 out = passage.feed(frames)
                 if not self.relayed and meter.error is not None:
                     raise UpstreamError(meter.error)
-                if meter.ended:
+                if not self.relayed and out and is_prelude(out):
+                    held += out  # told with the first event: the status may still be another
+                    continue
+                if held:
+                    out, held = held + out, b""
+                if meter.ended or meter.error is not None:
                     last = out
                     break
                 if out:
                     self.relay(answer, out)
             if not self.relayed and not meter.ended:
                 raise UpstreamError(batches.failure or CUT)
-            last += meter.close(batches.failure)
+            last += meter.close(batches.failure if meter.error is None else batches.dated(meter.error))
         except (ClientGone, UpstreamError):
             meter.close(CUT)  # what was used so far is still billed
             raise
         finally:
             self.exchange.usage, self.exchange.served_model = meter.usage, meter.served_model
             self.exchange.stop_reason = meter.stop_reason
-        self.finish(answer, last, meter.error)
+        self.finish(answer, last, None if meter.error is None else batches.dated(meter.error))
 
     def not_a_stream(self, answer: Answer) -> None:
         """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
@@ -15627,9 +15863,16 @@ class Tally:
         forgetful = self._road.plan.dialect in (CHAT, MESSAGES)
         for events in self._events:
             if not self._begun:
+                if all(type(event) is Pulse for event in events):
+                    continue  # alive, and may still refuse: nothing opens the stream but its start
                 events = [self._started(event) if type(event) is ReplyStart else event for event in events]
-            if type(events[-1]) is Fault or type(events[-1]) is ReplyStop:
+            last = type(events[-1])
+            if last is Fault or last is ReplyStop:
+                if len(events) > 1 and type(events[-2]) is Used:
+                    self.usage = events[-2].usage
                 events = [*events[:-1], self._ended(events[-1])]
+            elif last is Used:
+                self.usage = events[-1].usage
             if forgetful:
                 self._remember(events)
             yield events
@@ -15646,7 +15889,7 @@ class Tally:
         if type(end) is ReplyStop:
             self.ended, self.stop_reason, self.usage = True, end.reason, end.usage or self.usage
             return end
-        self.failure = self._batches.failure if end.failure.code == INTERRUPTED and self._batches.failure else end.failure
+        self.failure = self._batches.failure if end.failure.code == INTERRUPTED and self._batches.failure else self._batches.dated(end.failure)
         if not self._road.relayed:
             raise UpstreamError(self.failure)
         self.ended = True
@@ -15786,6 +16029,7 @@ class Gateway:
             wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
             line.may_open_early(answer_head(200, road.stream_headers({})), CODECS[plan.dialect].keep_alive)
+            line.ending = road.ending
         return Turn(request, plan, wire, road)
 
     def _serve(self, turn: Turn, read: Callable[[], Tuple[Plan, Json, Request]]) -> None:
@@ -15915,20 +16159,28 @@ class Gateway:
                 (road.stream if streamed else road.not_a_stream)(answer)
             else:
                 (road.assembled if plan.assembled and streamed else road.whole)(answer)
+        except UpstreamError as error:
+            if error.failure.told is None:
+                raise
+            raise UpstreamError(dated(error.failure, answer.headers, time.time())) from error
         finally:
             answer.close()
 
     def _repeated(self, once: Callable[[], None], line: ClientLine, exchange: Exchange) -> None:
-        """Runs one relay, again when upstream broke off before anything reached the client; then 504 names the tries."""
+        """Runs one relay, again where upstream broke off before anything reached the client, or opened its stream with an
+        error on which Sender would repeat. Given up: 504 names the tries, or the error of the last."""
         repeats = 0
         while True:
             try:
                 return once()
             except UpstreamError as error:
-                if error.failure.code != INTERRUPTED:
+                failure = error.failure
+                if failure.code != INTERRUPTED and failure.told is None:
                     raise
-                if not self._sender.wait_to_repeat(error.failure, repeats, line.stopper):
-                    raise UpstreamError(unreachable(error.failure.message, exchange.attempts)) from error
+                if not self._sender.wait_to_repeat(failure, repeats, line.stopper):
+                    if failure.told is not None:
+                        raise
+                    raise UpstreamError(unreachable(failure.message, exchange.attempts)) from error
                 repeats += 1
 
     def _permit(self, plan: Plan, stopper: Stopper) -> None:
@@ -17044,8 +17296,8 @@ class _Call:
         codec = CODECS.get(self.route.dialect)
         if self.line.settle() or self.line.ended:
             self.keep = False
-            if not self.line.ended and codec is not None:
-                self._end_stream(stream_ending(self.route.dialect, self.exchange.failure, self.exchange.trace_id))
+            if not self.line.ended and self.line.ending is not None:
+                self._end_stream(self.line.ending(self.exchange.failure))
             return
         body = codec.encode_error(error) if codec is not None else openai_error(error)
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
@@ -17077,6 +17329,7 @@ class _Call:
 
     def end(self) -> None:
         """Records the exchange and lets go of the client."""
+        self.line.ending = None  # it holds the line: a circle is freed late
         self.app.watch.remove(self.line)
         if self.exchange.endpoint:
             self._record()
@@ -17391,12 +17644,14 @@ def finish_running(app: App, signals: queue.SimpleQueue, patience_s: float = PAT
 
 
 def stop_parts(app: App) -> None:
-    """Ends them: running streams get their dialect's ending, what was recorded is committed."""
+    """Ends them, in the reverse order of `start_parts`: running streams get their dialect's ending, what was recorded is
+    committed, and the door closes behind all who use it."""
     for line in app.watch.lines():
         line.stopper.stop(UpstreamError(STOPPED))
     deadline = time.monotonic() + STOP_S
     while app.running and time.monotonic() < deadline:
         time.sleep(0.005)
+    app.accounts.stop()
     app.watch.stop()
     app.ledger.stop()
     app.upstream.pool.close()
