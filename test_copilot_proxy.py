@@ -12227,10 +12227,10 @@ class StallClocks(DoorCase):
     def test_silence_before_each_piece_counts_anew(self):
         """The clock of every read is the whole of it, however long the body has taken so far."""
         server, clocks = self.server(kind=PiecewiseServer), []
-        read = cp.Conn.read
+        read = cp.Conn.read_next
         answer = self.door({"upstreamTransport": {"streamInactivityTimeoutMs": 7000}}).open("GET", server.url, [])
         self.addCleanup(answer.close)
-        with mock.patch.object(cp.Conn, "read", lambda conn, timeout_s: (clocks.append(timeout_s), server.go_on.release(), read(conn, timeout_s))[2]):
+        with mock.patch.object(cp.Conn, "read_next", lambda conn, timeout_s: (clocks.append(timeout_s), server.go_on.release(), read(conn, timeout_s))[2]):
             self.assertEqual(b"x" * 8, answer.read_all())
         self.assertEqual({7.0}, set(clocks))
         self.assertGreater(len(clocks), 3)
