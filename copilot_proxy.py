@@ -1257,13 +1257,11 @@ def content_length(headers: Dict[str, str]) -> Optional[int]:
 
 def format_head(first_line: str, headers: Iterable[Tuple[str, str]]) -> bytes:
     """A head with its empty line. A line break inside a value cannot be sent: it becomes a blank."""
-    lines = [first_line]
-    for name, value in headers:
-        if "\n" in value or "\r" in value:
-            value = " ".join(value.split())
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1", "replace")
+    lines = [first_line, *[f"{name}: {value}" for name, value in headers], "\r\n"]
+    head = "\r\n".join(lines)
+    if not head.count("\n") == head.count("\r") == len(lines):
+        head = "\r\n".join([" ".join(line.split()) if "\n" in line or "\r" in line else line for line in lines[:-1]] + ["\r\n"])
+    return head.encode("latin-1", "replace")
 
 
 def json_object(body: bytes) -> Optional[Json]:
@@ -7673,11 +7671,11 @@ BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 
 def drop_billing_line(body: Json, plan: Plan) -> bool:
     """Takes Claude Code's attribution off the system prompt: its end changes, and the cached prefix with it (user-pains P11)."""
-    holders = [body, *(turn for turn in turns_of(body) if turn.get("role") in ("system", "developer"))]
+    holders = [body, *[turn for turn in turns_of(body) if turn.get("role") in ("system", "developer")]]
     changed = False
     for holder in holders:
-        for name in ("system", "instructions", "content"):
-            for place, key in [(holder, name), *((block, "text") for block in objects_in(holder.get(name)))]:
+        for name in [name for name in ("system", "instructions", "content") if name in holder]:
+            for place, key in [(holder, name), *[(block, "text") for block in objects_in(holder[name])]]:
                 text = place.get(key)
                 if isinstance(text, str) and BILLING_LINE.match(text):
                     place[key], changed = BILLING_LINE.sub("", text), True
