@@ -735,6 +735,7 @@ class Failure(Value):
 # searched in code and message together, lower-cased. Source: copilot-upstream 9.2, 6.6, 10.4; the texts are
 # upstream's own.
 TRANSIENT, RENEW = "transient", "renew"
+LIMITS = ("rate", "quota")  # the kinds that end by themselves
 FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] = (
     # statuses       pattern in "code message"                                       kind         scope       cure
     ((400, 413, 422, 500), r"model_max_prompt_tokens_exceeded|context_length_exceeded|prompt is too long"
@@ -755,7 +756,9 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((403, 429),     r"usage_not_included",                                            "policy",    "account",  ""),
     ((403,),         r"not licensed|not authorized to use this copilot feature|denied by copilot policy"
      r"|no_copilot_access|feature_flag_blocked",                                       "policy",    "account",  ""),
-    ((403,),         r"quota|monthly limit|premium requests",                          "quota",     "account",  ""),
+    ((403,),         r"quota|monthly limit|premium requests|overage_limit|spend_limit|billing_not_configured|budget",
+                                                                                       "quota",     "account",  ""),
+    ((403,),         r"rate_limit|rate limit|(?:session|daily|weekly|usage) limit",    "rate",      "account",  ""),
     ((403,),         r"answered with an html page",                                    "policy",    "provider", ""),
     ((403,),         r"endpoint is forbidden",                                         "policy",    "account",  RENEW),
     ((403,),         r"",                                                              "auth",      "account",  RENEW),
@@ -765,7 +768,7 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     ((421,),         r"",                                                              "auth",      "account",  RENEW),
     ((422,),         r"",                                                              "filter",    "request",  ""),
     ((429,),         r"too many concurrent",                                           "rate",      "account",  TRANSIENT),
-    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|additional_spend_limit|billing_not_configured"
+    ((429, 503),     r"quota_exceeded|insufficient_quota|overage_limit|spend_limit|billing_not_configured"
      r"|usage_limit_reached",                                                          "quota",     "account",  ""),
     ((429,),         r"user_model_rate_limited|model_overloaded|agent_mode_limit",     "rate",      "model",    ""),
     ((429,),         r"integration_rate_limited|upstream_provider_rate_limit",         "rate",      "provider", ""),
@@ -782,9 +785,21 @@ FAILURE_ROWS: Tuple[Tuple[Optional[Tuple[int, ...]], str, str, str, str], ...] =
     (None,           r"",                                                              "request",   "request",  ""),
 )
 
-# `Please retry after 2733 seconds`, `try again in 1.2s`, `Please retry in 500ms`, `"resets_in_seconds":9000`
-PROSE_WAIT = r"(?i)(?:retry after|try again in|retry in|resets_in_seconds\"?:)\s*(\d+(?:\.\d+)?)\s*(ms|m(?:in)?|h)?"
-WAIT_UNITS = {"": 1.0, "ms": 0.001, "m": 60.0, "min": 60.0, "h": 3600.0}
+# A span of time as limits state it: `2733`, `1.2s`, `500ms`, `7m12s`, `18h31m10s`, `2 hours 15 minutes`, `3 days`, `an hour`.
+# unit -> seconds; the longest words first, so that `ms` is not read as `m`
+WAIT_UNITS = {"ms|msecs?|milliseconds?": 0.001, "months?": 2592000.0, "m|mins?|minutes?": 60.0, "s|secs?|seconds?": 1.0,
+              "h|hrs?|hours?": 3600.0, "d|days?": 86400.0, "w|weeks?": 604800.0}
+SPAN_PART = rf"(?:(?:\d+(?:\.\d+)?|\ban?\b)\s*(?:{'|'.join(WAIT_UNITS)})(?![a-z]))"
+SPAN = rf"{SPAN_PART}(?:[\s,]*(?:and\s+)?{SPAN_PART})*|\d+(?:\.\d+)?"
+# `Please retry after …`, `try again in …`, `wait …`, `your limit to reset in …`, `will reset after …`, `"resets_in_seconds":…`
+PROSE_WAIT = rf"(?i)(?:retry[ _-]after|try again (?:in|after)|retry in|\bwait|\bresets?(?:_| )(?:in|after)(?:_seconds)?)\"?:?\s*({SPAN})"
+# `x-ratelimit-reset`, `x-ratelimit-reset-tokens`, `anthropic-ratelimit-unified-reset`; the limits whose rest is not 0 are others
+RESET_HEADER = re.compile(r"(?:x-|anthropic-)?ratelimit-(?:[\w-]+-)?reset(?:-\w+)?\Z")
+ISO_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?(?:Z|([+-])(\d\d):?(\d\d))")
+# `resets at 2026-12-01T00:00:00Z`, `until 2026-12-01`, `on December 1, 2026 at 2:00 PM`, `on 1 Dec 2026`; UTC where no zone is named
+PROSE_MOMENT = re.compile(r"(?i)\b(?:on|at|until|till|before|after|resets?:?)\s+(?:(\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d:\d\d\S*)?)"
+                          r"|(?:(?P<month>[a-z]{3})[a-z]*\.? (?P<day>\d{1,2})|(?P<day2>\d{1,2}) (?P<month2>[a-z]{3})[a-z]*)(?:st|nd|rd|th)?,? (?P<year>\d{4})"
+                          r"(?:,? (?:at )?(?P<time>\d{1,2}:\d\d)(?: ?(?P<half>[ap])m)?)?)")
 OVERFLOW_NUMBERS = (r"prompt token count of (\d+) exceeds the limit of (\d+)", r"prompt is too long: (\d+) tokens > (\d+) maximum")
 
 # Response headers a client may need; never set-cookie. Source: DESIGN 8, "Relayed response headers".
@@ -833,9 +848,18 @@ def stated_wait(headers: Dict[str, str], message: str, now: float) -> Optional[f
     """Seconds upstream asks to wait: `retry-after-ms`, `retry-after` as seconds or date, or its own words."""
     found = re.search(PROSE_WAIT, message)
     stated = (seconds_of(headers.get("retry-after-ms"), 0.001), seconds_of(headers.get("retry-after")),
-              seconds_until(headers.get("retry-after"), now),
-              seconds_of(found.group(1), WAIT_UNITS.get((found.group(2) or "").lower(), 1.0)) if found else None)
+              seconds_until(http_date(headers.get("retry-after")), now), span_of(found.group(1)) if found else None)
     return next((wait for wait in stated if wait is not None), None)
+
+
+def span_of(text: str) -> Optional[float]:
+    """A span of time (SPAN) as seconds, None when it is none."""
+    if not re.fullmatch(SPAN, text, re.I):
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?|an?)\s*([a-z]*)", text.lower().replace("and", " "))
+    units = [next((seconds for names, seconds in WAIT_UNITS.items() if re.fullmatch(names, unit)), 1.0) for _, unit in parts]
+    wait = sum(unit * (float(number) if number[0].isdigit() else 1.0) for (number, _), unit in zip(parts, units))
+    return wait if wait < LONGEST_WAIT_S else None
 
 
 def seconds_of(text: Optional[str], unit_s: float = 1.0) -> Optional[float]:
@@ -847,25 +871,67 @@ def seconds_of(text: Optional[str], unit_s: float = 1.0) -> Optional[float]:
     return max(0.0, wait) if wait < LONGEST_WAIT_S else None
 
 
-def seconds_until(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds until an HTTP date, None when it is none."""
+def http_date(text: Optional[str]) -> Optional[float]:
+    """Unix seconds of an HTTP date or an ISO time, None when it is neither."""
     try:
-        return max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(text or "") or ()) - now)
+        return float(email.utils.mktime_tz(email.utils.parsedate_tz(text or "") or ()))
     except (ValueError, OverflowError, TypeError, IndexError):
+        return iso_time(text or "")
+
+
+def iso_time(text: str) -> Optional[float]:
+    """Unix seconds of the first ISO time with a zone in a text."""
+    found = ISO_TIME.search(text)
+    if found is None:
+        return None
+    *when, sign, hours, minutes = found.groups()
+    offset = (int(hours) * 3600 + int(minutes) * 60) * (-1 if sign == "-" else 1) if sign else 0
+    try:
+        return float(email.utils.mktime_tz((*map(int, when), 0, 1, -1, offset)))
+    except (ValueError, OverflowError):
         return None
 
 
-def stated_reset(headers: Dict[str, str], parsed: Optional[Json]) -> Optional[float]:
-    """When the limit ends, from `resets_at` of the body or `x-ratelimit-reset` (both Unix seconds)."""
+def seconds_until(moment: Optional[float], now: float) -> Optional[float]:
+    """Seconds from now until a moment (Unix seconds), None where it is not known."""
+    return None if moment is None else max(0.0, moment - now)
+
+
+def stated_reset(headers: Dict[str, str], parsed: Optional[Json], message: str, now: float) -> Optional[float]:
+    """When the limit ends: from `resets_at` of the body, the reset headers of limits with nothing left, or a time in the words."""
     inner = (parsed or {}).get("error")
-    stated = (inner.get("resets_at") if isinstance(inner, dict) else None, headers.get("x-ratelimit-reset"))
-    for value in stated:
-        try:
-            if value is not None and 0 <= float(value) < 1e12:
-                return float(value)
-        except (TypeError, ValueError):
-            continue
-    return None
+    named = [moment_of(inner.get("resets_at"), now)] if isinstance(inner, dict) else []
+    spent = [moment_of(value, now) for name, value in headers.items()
+             if RESET_HEADER.match(name) and headers.get(name.replace("reset", "remaining"), "0") == "0"]
+    known = [moment for moment in named if moment is not None] or [moment for moment in spent if moment is not None]
+    return max(known) if known else prose_moment(message)
+
+
+def prose_moment(message: str) -> Optional[float]:
+    """Unix seconds of a date in a message's words (PROSE_MOMENT), None where there is none."""
+    found = PROSE_MOMENT.search(message)
+    if found is None:
+        return None
+    if found.group(1):
+        return iso_time(found.group(1) if "T" in found.group(1) or " " in found.group(1) else found.group(1) + "T00:00:00Z")
+    hour, _, minute = (found["time"] or "0:00").partition(":")
+    clock = int(hour) % 12 + 12 * (found["half"] in "pP") if found["half"] else int(hour)
+    return http_date(f"{found['day'] or found['day2']} {found['month'] or found['month2']} {found['year']} {clock}:{minute}:00 +0000")
+
+
+def moment_of(value: Any, now: float) -> Optional[float]:
+    """Unix seconds of a reset: seconds or milliseconds since 1970, an ISO time, or a span from now on (`30`, `6m0s`)."""
+    text = str(value)
+    try:
+        number = float(text)
+    except ValueError:
+        span = span_of(text)
+        return iso_time(text) if span is None else now + span
+    if not 0 <= number < 1e15:
+        return None
+    if number < LONGEST_WAIT_S:
+        return now + number
+    return number if number < 1e11 else number / 1000
 
 
 # Headers that tell how full the buckets of a kind of limit are: `ent=1500&ov=0.0&ovPerm=false&rem=0.0&rst=2026-09-01T00%3A00%3A00Z`
@@ -879,16 +945,7 @@ def exhausted_until(kind: str, headers: Dict[str, str]) -> Optional[float]:
     prefix = BUCKETS.get(kind, "none")
     buckets = [dict(parse_qsl(value)) for name, value in headers.items() if name.startswith(prefix)]
     empty = [bucket for bucket in buckets if bucket.get("ovPerm") != "true" and bucket.get("ent") != "-1" and seconds_of(bucket.get("rem")) == 0]
-    return max(filter(None, (moment_of(bucket.get("rst")) for bucket in empty)), default=None)
-
-
-def moment_of(text: Optional[str]) -> Optional[float]:
-    """Unix seconds of `2026-09-01T00:00:00Z`, None when it is no moment."""
-    found = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", text or "")
-    try:
-        return float(email.utils.mktime_tz((*map(int, found.groups()), 0, 1, -1, 0))) if found else None
-    except ValueError:
-        return None
+    return max(filter(None, (iso_time(bucket.get("rst") or "") for bucket in empty)), default=None)
 
 
 def snapshot_headers(parsed: Optional[Json]) -> Dict[str, str]:
@@ -945,7 +1002,7 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
             break
     headers = {**snapshot_headers(parsed), **headers}
     wait = stated_wait(headers, body.decode("utf-8", "replace"), now)
-    resets = stated_reset(headers, parsed)
+    resets = stated_reset(headers, parsed, message, now)
     if wait is None and resets is None:
         resets = exhausted_until(kind, headers)
     if resets is None and wait is not None:
@@ -953,8 +1010,8 @@ def classify(status: int, headers: Dict[str, str], body: bytes, now: float) -> F
     if wait is None and resets is not None:
         wait = max(0.0, resets - now)
     return Failure(kind, scope, status, message or f"upstream answered {status} without a text", code,
-                   wait_s=wait if kind in ("rate", "quota") or status in (408, 503) else None,
-                   resets_at=resets if kind in ("rate", "quota") else None,
+                   wait_s=wait if kind in LIMITS or status in (408, 503) else None,
+                   resets_at=resets if kind in LIMITS else None,
                    overflow=overflow_numbers(message) if kind == "overflow" else None,
                    transient=cure == TRANSIENT, renew=cure == RENEW, param=error_param(parsed),
                    request_id=request_id_of(headers), headers=tuple(relayed_headers(headers)))
@@ -999,7 +1056,7 @@ ADVICE = (
 
 def is_long(failure: Failure) -> bool:
     """Whether a limit lasts so long that nobody should wait for its end."""
-    return failure.kind in ("rate", "quota") and (failure.wait_s or 0) >= LONG_WAIT_S
+    return failure.kind in LIMITS and (failure.wait_s or 0) >= LONG_WAIT_S
 
 
 def advised(failure: Failure) -> str:
@@ -1010,6 +1067,7 @@ def advised(failure: Failure) -> str:
     if failure.status == 466:
         text += " client not supported"
     advice = next((advice for kind, pattern, advice in ADVICE if kind == failure.kind and re.search(pattern, text)), None)
+    advice = None if failure.transient else advice  # it passes by itself
     resets = failure.resets_at if is_long(failure) else None
     said = [advice] if advice else []
     said += [f"resets {email.utils.formatdate(resets, localtime=True)}"] if resets else []
@@ -1390,7 +1448,7 @@ class ChunkDecoder:
 
 # ---- server-sent events -----------------------------------------------------
 
-FRAME_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+FRAME_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")  # the last: a proxy's CR LF behind upstream's LF
 LINE_END = re.compile(r"\r\n|\n|\r")  # never str.splitlines: it cuts at U+2028 inside JSON text
 
 
@@ -1401,7 +1459,7 @@ def whole_frames_end(data: bytes) -> int:
         return end
     end = end if end > 1 else 0
     if b"\r" in data:
-        end = max(end, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0,
+        end = max(end, data.rfind(b"\n\r\n") + 3 if b"\n\r\n" in data else 0,
                   data.rfind(b"\r\r") + 2 if b"\r\r" in data else 0)
     return end
 
@@ -1465,7 +1523,9 @@ def frame_json(frame: bytes) -> Optional[Json]:
     return value if isinstance(value, dict) else None
 
 
-JUNK_DATA = re.compile(rb"\ndata: ?[^{ ]")
+# data that does not open as an object, or a frame that does not end as one; one literal in front keeps the search fast
+JUNK_DATA = re.compile(rb"\n(?:data: ?[^{ ]|\n(?<!}\n\n)|\r\n(?<!}\r\n\r\n))")
+EVENT_FIELD = re.compile(rb"(?m)^(?:event|id|retry):")
 
 
 # Lines of comments and of Messages' `ping`, and blank ones.
@@ -1473,24 +1533,31 @@ PRELUDE = re.compile(rb'(?::[^\r\n]*\r?\n|event: ?ping\r?\n|data: ?\{"type": ?"p
 
 
 def is_prelude(frames: bytes) -> bool:
-    """Whether frames are only comments and pings: upstream is alive and may still refuse."""
-    return PRELUDE.fullmatch(frames) is not None
+    """Whether frames are only comments, lines without a meaning and pings: upstream is alive and may still refuse."""
+    return b"data:" not in frames or PRELUDE.fullmatch(frames) is not None
 
 
 def without_junk(frames: bytes, end_word: str) -> bytes:
     """Whole frames without those whose data is neither a JSON object nor the word that ends a stream: clients fail on them.
+    An object is what opens and ends as one.
 
     One search tells that there is none (0.1 µs a frame at full speed, where two counts cost 0.2).
     """
     if JUNK_DATA.search(frames) is None and JUNK_DATA.match(b"\n" + frames[:7]) is None:
         return frames
-    return b"".join([frame for frame in split_frames(frames)
-                     if b"data: {" in frame or may_be_data(parse_frame(frame)[1].strip(), end_word)])
+    return b"".join([frame for frame in split_frames(frames) if is_sound(frame, end_word)])
+
+
+def is_sound(frame: bytes, end_word: str) -> bool:
+    """Whether clients can read a frame. An event without data kills OpenAI's SDK (3.57); comments and unknown lines do not."""
+    if b"data:" not in frame:
+        return EVENT_FIELD.search(frame) is None
+    return may_be_data((plain_data(frame) or parse_frame(frame)[1]).strip(), end_word)
 
 
 def may_be_data(data: str, end_word: str) -> bool:
-    """Whether a frame's data is nothing, an object, or the word that ends a stream."""
-    return data[:1] in ("", "{") or data == end_word
+    """Whether a frame's data is an object or the word that ends a stream."""
+    return bool(data) and (data[0] == "{" and data[-1] == "}" or data == end_word)
 
 
 def is_whole_frame(rest: bytes) -> bool:
@@ -1714,6 +1781,11 @@ def openai_error(error: ProxyError) -> Json:
     return {"error": {"message": redact(error.message), "type": kind, "param": error.param, "code": code}}
 
 
+def objects_in(value: Any) -> List[Json]:
+    """The objects of a list; none of anything else."""
+    return [member for member in value if isinstance(member, dict)] if isinstance(value, list) else []
+
+
 class Codec:
     """The contract of a dialect: wire bodies to the hub's values and back.
 
@@ -1757,6 +1829,11 @@ class Codec:
 
     def stop_reason(self, body: Json) -> Optional[str]:
         raise NotImplementedError
+
+    def finish(self, body: Json) -> bool:
+        """Says why a whole answer ended where upstream did not, as clients wait or run no tool without (user-pains P31); True
+        when the body was changed."""
+        return False
 
     def meter(self, trace_id: str) -> Meter:
         raise NotImplementedError
@@ -1842,7 +1919,7 @@ STREAM_ERROR_STATUS = {
         "previous_response_not_found", "bad_request"), 400),
     **dict.fromkeys(("authentication_error", "session_expired"), 401),
     **dict.fromkeys(("quota_exceeded", "free_quota_exceeded", "overage_limit_reached", "additional_spend_limit_reached",
-                     "session_quota_exceeded", "billing_not_configured"), 402),
+                     "session_quota_exceeded", "billing_not_configured", "billing_error"), 402),
     **dict.fromkeys(("permission_error", "usage_not_included"), 403),
     **dict.fromkeys(("not_found_error", "not_found"), 404),
     "user_request_timeout": 408, "request_too_large": 413,
@@ -1861,8 +1938,10 @@ FRAME_MEMBERS = frozenset(("headers", "status", "status_code", "copilot_quota_sn
 
 
 def is_error_object(body: Json) -> bool:
-    """Whether a body says nothing but an error; a Responses object has an `error` field too, beside its output."""
-    return isinstance(body.get("error"), dict) and not any(name in body for name in ("choices", "output", "content", "data"))
+    """Whether a body says nothing but an error, as an object, a text, or flat (copilot-upstream 9.1); a Responses object has
+    an `error` field too, beside its output."""
+    error = body.get("error") or isinstance(body.get("message"), str) and body.get("code")
+    return isinstance(error, (dict, str)) and bool(error) and not any(name in body for name in ("choices", "output", "content", "data"))
 
 
 def stream_failure(body: Json) -> Failure:
@@ -1902,7 +1981,7 @@ def worded_status(inner: Json) -> Optional[int]:
     text = f"{inner.get('code') or ''} {inner.get('message') or dump_json(inner).decode()}".lower()
     for statuses, pattern, kind, _, _ in FAILURE_ROWS:
         if pattern and re.search(pattern, text):
-            return statuses[0] if statuses else 402 if kind == "quota" else 429
+            return statuses[0] if statuses and (kind, statuses) != ("rate", (403,)) else 402 if kind == "quota" else 429
     return next((status for pattern, status in STATUS_WORDS if re.search(pattern, text)), None)
 
 
@@ -3853,6 +3932,13 @@ class ChatCodec(Codec):
         first = choices[0] if isinstance(choices, list) and choices else None
         return text_or_none(first.get("finish_reason")) if isinstance(first, dict) else None
 
+    def finish(self, body: Json) -> bool:
+        unfinished = [choice for choice in objects_in(body.get("choices"))
+                      if isinstance(choice.get("message"), dict) and choice.get("finish_reason") is None]
+        for choice in unfinished:
+            choice["finish_reason"] = "tool_calls" if choice["message"].get("tool_calls") else "stop"
+        return bool(unfinished)
+
     def meter(self, trace_id: str) -> ChatMeter:
         return ChatMeter(trace_id)
 
@@ -4970,9 +5056,13 @@ class ResponsesReader:
 
 
 def responses_error(failure: Failure) -> Json:
-    """{"code","message"} of a failed response. It has no `type`: on the code alone Codex stops asking (clients.md)."""
+    """{"code","message"} of a failed response. It has no `type`: on the code alone Codex stops asking, or waits as long as
+    the message says (clients.md)."""
     error = openai_error(UpstreamError(failure))["error"]
     code = error["type"] if error["type"] == "insufficient_quota" else error["code"] or "server_error"
+    if failure.kind == "rate" and failure.wait_s is not None and not is_long(failure):
+        words = "" if "try again in" in error["message"] else f" Please try again in {max(1, math.ceil(failure.wait_s))}s."
+        return {"code": "rate_limit_exceeded", "message": error["message"] + words}
     return {"code": code, "message": error["message"]}
 
 
@@ -5358,12 +5448,16 @@ class ResponsesMeter(Meter):
             self._response = response
         self.served_model = text_or_none(response.get("model")) or self.served_model
         self.usage = responses_usage(response.get("usage"), event) or self.usage
+        mute = False
         if name_in(event, "type") in RESPONSES_TERMINALS:
             self._learn(event, response)
-        if own == self._id:
+            mute = self.error is not None and not isinstance(response.get("error"), dict)
+        if mute:
+            response["error"] = responses_error(self.error or CUT)
+        elif own == self._id:
             return frame
         spot = re.findall(rb'"id"\s*:\s*"' + re.escape(own.encode("utf-8", "surrogatepass")) + rb'"', frame)
-        if own and len(spot) == 1:
+        if own and len(spot) == 1 and not mute:
             return frame.replace(spot[0], dump_json({"id": self._id})[1:-1], 1)
         response["id"] = self._id
         return format_sse(text_or_none(event.get("type")), event)
@@ -6014,6 +6108,11 @@ class OpenMessagesBlock:
         return None
 
 
+def messages_stop_meaning(reason: Any, called: bool) -> str:
+    """The meaning of a stop reason; an answer that calls and gives none ended to be called (user-pains P31)."""
+    return "tool" if reason is None and called else stop_meaning(MESSAGES, reason)
+
+
 class MessagesReader:
     """Reads the events of one stream: a method for each, which appends what it means (MESSAGES_EVENTS)."""
 
@@ -6023,6 +6122,7 @@ class MessagesReader:
         self._usage: Json = {}
         self._billed: Optional[int] = None
         self._delta: Json = {}  # of message_delta
+        self._called = False  # a tool of the client's
 
     def message_start(self, body: Json, events: List[Event]) -> None:
         message = body.get("message")
@@ -6045,6 +6145,7 @@ class MessagesReader:
             self._close(index, events)
         opened = self._open[index] = OpenMessagesBlock(self._opened, block)
         self._opened += 1
+        self._called = self._called or isinstance(block, ToolCall)
         text = None if isinstance(block, ToolCall) else main_text(block)
         events.append(BlockStart(opened.number, opening(block) if opened.flows else block))
         if text:
@@ -6098,7 +6199,7 @@ class MessagesReader:
 
     def message_stop(self, body: Json, events: List[Event]) -> None:
         self._billed = billed_nano(body) or self._billed
-        events.append(ReplyStop(stop_meaning(MESSAGES, self._delta.get("stop_reason")), self._said(),
+        events.append(ReplyStop(messages_stop_meaning(self._delta.get("stop_reason"), self._called), self._said(),
                                 text_or_none(self._delta.get("stop_sequence"))))
 
     def ping(self, body: Json, events: List[Event]) -> None:
@@ -6344,8 +6445,10 @@ class MessagesCodec(Codec):
             raise UpstreamError(stream_failure(body))
         content = body.get("content")
         content = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+        blocks = [messages_answer_block(block) for block in content]
+        called = any(isinstance(block, ToolCall) for block in blocks)
         return Reply(text_or_none(body.get("id")) or "", text_or_none(body.get("model")) or "", 0,
-                     [messages_answer_block(block) for block in content], stop_meaning(MESSAGES, body.get("stop_reason")),
+                     blocks, messages_stop_meaning(body.get("stop_reason"), called),
                      text_or_none(body.get("stop_sequence")), messages_usage(body.get("usage"), body))
 
     def encode_reply(self, reply: Reply, asked: Optional[Request] = None) -> Json:
@@ -6404,6 +6507,13 @@ class MessagesCodec(Codec):
 
     def stop_reason(self, body: Json) -> Optional[str]:
         return text_or_none(body.get("stop_reason"))
+
+    def finish(self, body: Json) -> bool:
+        unfinished = isinstance(body.get("content"), list) and body.get("stop_reason") is None
+        if unfinished:
+            called = any(name_in(block, "type") == "tool_use" for block in objects_in(body["content"]))
+            body["stop_reason"] = "tool_use" if called else "end_turn"
+        return unfinished
 
     def meter(self, trace_id: str) -> MessagesMeter:
         return MessagesMeter(trace_id, self)
@@ -7705,11 +7815,6 @@ def name_tool_choice(body: Json, plan: Plan) -> bool:
 # ---- histories --------------------------------------------------------------
 # What a conversation may have been through: a client that died in mid-call, a compaction that cut a pair, a turn
 # that was stopped. Each row mends what upstream would refuse at this and every later turn.
-
-
-def objects_in(value: Any) -> List[Json]:
-    """The objects of a list; none of anything else."""
-    return [member for member in value if isinstance(member, dict)] if isinstance(value, list) else []
 
 
 def turns_of(body: Json) -> List[Json]:
@@ -12392,6 +12497,36 @@ class Outbound(urllib.request.Request):
         return format_head(f"{self.method} {self.selector} HTTP/1.1", headers)
 
 
+class Inflater:
+    """Takes a gzip or zlib body as it arrives and gives its bytes; raises TransportError for a damaged one.
+
+    A gzip body may be several members one behind the other (RFC 1952 2.2).
+    """
+
+    def __init__(self) -> None:
+        self._object = zlib.decompressobj(47)  # 32 + 15: gzip or zlib, by its header
+        self._begun = False  # inside a member
+
+    def feed(self, data: bytes) -> bytes:
+        pieces = []
+        try:
+            while data:
+                if self._object.eof:
+                    self._object = zlib.decompressobj(47)
+                self._begun = True
+                pieces.append(self._object.decompress(data))
+                data = self._object.unused_data
+        except zlib.error as exc:
+            raise TransportError("the compressed answer is damaged") from exc
+        return b"".join(pieces)
+
+    def end(self) -> bytes:
+        """b"" at a body's end; raises TransportError where it is not the compressed data's."""
+        if self._begun and not self._object.eof:
+            raise TransportError("the compressed answer ended before it was complete")
+        return b""
+
+
 class Answer:
     """An upstream answer whose head has arrived; the body is read piece by piece.
 
@@ -12410,26 +12545,28 @@ class Answer:
         self._chunks: Optional[ChunkDecoder] = None
         self._left: Optional[int] = None  # bytes to come; None: until the connection closes
         self._buffer = rest
-        self._inflate = None
+        self._inflater: Optional[Inflater] = None
         if request.method == "HEAD" or self.status in (204, 304) or self.status < 200:
             self._left = 0
         elif "chunked" in self.headers.get("transfer-encoding", "").lower():
             self._chunks = ChunkDecoder()
         else:
             self._left = content_length(self.headers)
-        if self.headers.get("content-encoding", "identity").lower() in ("gzip", "x-gzip", "deflate"):
-            self._inflate = zlib.decompressobj(47)  # 32 + 15: gzip or zlib, by its header
+        coding = self.headers.get("content-encoding", "identity").lower()
+        if coding in ("gzip", "x-gzip", "deflate"):
+            self._inflater = Inflater()
+        elif coding != "identity":
+            raise BadHead(f"the content coding {coding[:40]}, which was not asked for")
 
     def read(self) -> bytes:
         """The next body bytes, b"" at the end; raises TransportError when the body breaks off, ClientGone."""
         while True:
             data = self._read_raw()
-            if not data or self._inflate is None:
+            if self._inflater is None:
                 return data
-            try:
-                data = self._inflate.decompress(data)
-            except zlib.error as exc:
-                raise TransportError("the compressed answer is damaged") from exc
+            if not data:
+                return self._inflater.end()
+            data = self._inflater.feed(data)
             if data:
                 return data
 
@@ -12970,6 +13107,7 @@ class Watch:
         self._lock = threading.Lock()
         self._lines: Dict[int, ClientLine] = {}  # by descriptor; guarded by _lock
         self._unseen: Dict[int, ClientLine] = {}  # those not in the selector yet; guarded by _lock
+        self._talkers: Dict[int, ClientLine] = {}  # those with bytes nobody reads yet, behind which an end stays unseen; guarded by _lock
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._stopped = False
@@ -13013,6 +13151,7 @@ class Watch:
         with self._lock:
             if self._lines.get(number) is line:
                 del self._lines[number]
+                self._talkers.pop(number, None)
                 if self._unseen.pop(number, None) is None:
                     self._forget(number)
 
@@ -13048,12 +13187,21 @@ class Watch:
                     if key.data is not None:
                         self._look(key.data)
                 now = self._clock()
-                if keep_alive_s and now - scanned_at >= step:
+                if now - scanned_at >= step:
                     scanned_at = now
-                    for line in self.lines():
-                        line.tick(now, keep_alive_s, status_hold_s)
+                    self._scan(now, keep_alive_s, status_hold_s)
             except Exception as exc:  # one line's trouble must not end keep-alives for all
                 self._log.once("watch", f"internal error in the watch: {type(exc).__name__}: {exc}")
+
+    def _scan(self, now: float, keep_alive_s: float, status_hold_s: float) -> None:
+        with self._lock:
+            talkers = list(self._talkers.values())
+        for line in talkers:
+            if has_hung_up(line.sock):
+                line.leave()
+        if keep_alive_s:
+            for line in self.lines():
+                line.tick(now, keep_alive_s, status_hold_s)
 
     def _look(self, line: ClientLine) -> None:
         """A readable client socket: gone, or it has sent its next request already."""
@@ -13069,8 +13217,21 @@ class Watch:
         with self._lock:
             if self._lines.get(number) is line:
                 self._forget(number)  # level-triggered: it would be reported again and again
+                if data:
+                    self._talkers[number] = line
         if not data:
             line.leave()
+
+
+TCP_HUNG_UP = (7, 8)  # CLOSE, CLOSE_WAIT of include/net/tcp_states.h
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the far end has closed, read or not; False where the system does not tell (only Linux does)."""
+    try:
+        return hasattr(socket, "TCP_INFO") and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in TCP_HUNG_UP
+    except OSError:
+        return False  # closed by its own thread, or no TCP
 
 
 ###############################################################################
@@ -15168,6 +15329,7 @@ def answer_head(status: int, headers: Sequence[Tuple[str, str]]) -> bytes:
 EMBEDDING_BATCH = 512  # inputs per call where the catalogue states no limit (copilot-upstream 8)
 COUNT_PAUSE_S = 60.0  # after a 429 of upstream's own counting
 ERROR_BODY_BYTES = 1 << 20  # more of an error answer is not read
+ERROR_EXCERPT = 200  # bytes of an answer that is none, for the error that says so
 NO_RETRY_KINDS = frozenset(("auth", "policy", "quota", "overflow"))
 
 
@@ -15177,7 +15339,7 @@ def error_headers(error: ProxyError) -> List[Tuple[str, str]]:
     headers = list(error.headers.items())
     if failure is not None and failure.wait_s is not None and "retry-after" not in error.headers:
         headers.append(("retry-after", str(math.ceil(failure.wait_s))))  # upstream said it in words or in a frame
-    if error.final or failure is not None and (failure.kind in NO_RETRY_KINDS or is_long(failure)):
+    if error.final or failure is not None and (failure.kind in NO_RETRY_KINDS and not failure.transient or is_long(failure)):
         headers.append(("x-should-retry", "false"))
     return headers
 
@@ -15193,6 +15355,21 @@ def quota_header(value: str) -> Json:
 def seen_quotas(headers: Dict[str, str], prefixes: Tuple[str, ...] = ("x-quota-snapshot-", "x-usage-ratelimit-")) -> Json:
     """The quotas and rolling limits of an answer's headers, by name."""
     return {name.rpartition("-")[2]: quota_header(value) for name, value in headers.items() if name.startswith(prefixes)}
+
+
+# Which quota of an earlier answer tells when a limit ends that states no time itself: kind, pattern in "code message", its names
+KNOWN_ENDS = (("quota", r"", ("premium_models", "premium_interactions", "chat")), ("rate", r"weekly", ("weekly",)))
+
+
+def with_known_end(failure: Failure, seen: Dict[str, str], now: float) -> Failure:
+    """The failure of a limit, with the end that the headers of an earlier answer told of if it states none."""
+    if failure.resets_at is None:
+        text, quotas = f"{failure.code or ''} {failure.message}".lower(), seen_quotas(seen)
+        names = next((names for kind, pattern, names in KNOWN_ENDS if kind == failure.kind and re.search(pattern, text)), ())
+        ends = [iso_time(str(quotas[name]["reset"])) for name in names if name in quotas]
+        failure.resets_at = next((end for end in ends if end and end > now), None)
+        failure.wait_s = failure.wait_s if failure.resets_at is None else failure.resets_at - now
+    return failure
 
 
 def remaining_limits(headers: Dict[str, str]) -> str:
@@ -15494,7 +15671,9 @@ class Sender:
                 self._log.debug(f"<-- model: {plan.model}{remaining_limits(answer.headers)}")
             return answer, CUT
         try:
-            return None, classify(answer.status, answer.headers, answer.read_all(ERROR_BODY_BYTES), time.time())
+            now = time.time()
+            failure = classify(answer.status, answer.headers, answer.read_all(ERROR_BODY_BYTES), now)
+            return None, with_known_end(failure, self._provider.seen_headers, now)
         except TransportError as exc:
             return None, classify(answer.status, answer.headers, str(exc).encode(), time.time())
         finally:
@@ -15597,6 +15776,21 @@ class Batches:
                 return
 
 
+# How a stream begins that nobody asked for; its content type need not say so.
+SSE_OPENING = re.compile(rb"\s*(?:data|event|id|retry)?: ?[^\n]*\n")
+
+
+class Reread(Answer):
+    """An answer whose body has been read, to be read once more."""
+
+    def __init__(self, answer: Answer, body: bytes) -> None:
+        self.headers, self._body = answer.headers, body
+
+    def read(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+
 def assembled_reply(codec: Codec, answer: Answer, exchange: Exchange) -> Reply:
     """The whole answer of a stream; raises UpstreamError for one that breaks off or tells of a failure."""
     batches = Batches(answer)
@@ -15660,17 +15854,21 @@ class PassThroughRoad(Road):
         self.finish(answer, last, None if meter.error is None else batches.dated(meter.error))
 
     def not_a_stream(self, answer: Answer) -> None:
-        """A stream was asked for and something else came: an error page, an error object, or a whole answer."""
-        body = read_whole(answer)
-        value = good_object(answer, body)
-        if self.line.settle():
-            raise UpstreamError(Failure("transport", "provider", 502, "upstream did not stream its answer"))
-        self._edit_and_send(answer, body, value)
+        """A whole answer where a stream was asked for is told as a stream; an error is an error."""
+        value, exchange = good_object(answer, read_whole(answer)), self.exchange
+        reply = self._codec.decode_reply(value)
+        exchange.usage, exchange.served_model, exchange.stop_reason = reply.usage, reply.model or "", reply.stop_reason
+        reply = replace(reply, id=client_id(self.plan.dialect, reply.id, exchange.trace_id))
+        frames = self._codec.encode_stream(lawful([replay(reply)], exchange.trace_id))
+        self.finish(answer, b"".join(map(format_frames, frames)), None)
 
     def whole(self, answer: Answer) -> None:
         """Relays a whole answer, upstream's bytes where no quirk concerns it."""
         body = read_whole(answer)
-        self._edit_and_send(answer, body, good_object(answer, body))
+        if SSE_OPENING.match(body):
+            self.assembled(Reread(answer, body))
+        else:
+            self._edit_and_send(answer, body, good_object(answer, body))
 
     def assembled(self, answer: Answer) -> None:
         """Tells a stream as one object: what the hub carries of it."""
@@ -15678,7 +15876,8 @@ class PassThroughRoad(Road):
         self._send(answer, dump_json(value), value)
 
     def _edit_and_send(self, answer: Answer, body: bytes, value: Json) -> None:
-        edited = any([quirk.whole(value, self.plan) for quirk in edits_of_answer(self.plan, self._quirks) if quirk.whole is not None])
+        edited = any([self._codec.finish(value), *[quirk.whole(value, self.plan) for quirk in edits_of_answer(self.plan, self._quirks)
+                                                   if quirk.whole is not None]])
         self._send(answer, dump_json(value, ascii_only=body.isascii()) if edited else body, value)
 
     def _send(self, answer: Answer, body: bytes, value: Json) -> None:
@@ -15782,7 +15981,11 @@ class TranslatedRoad(Road):
 
     def whole(self, answer: Answer) -> None:
         """Translates a whole answer."""
-        self._tell(answer, self._upstream.decode_reply(good_object(answer, read_whole(answer))))
+        body = read_whole(answer)
+        if SSE_OPENING.match(body):
+            self.assembled(Reread(answer, body))
+        else:
+            self._tell(answer, self._upstream.decode_reply(good_object(answer, body)))
 
     def assembled(self, answer: Answer) -> None:
         """The same for one that comes as a stream."""
@@ -15901,13 +16104,20 @@ class Tally:
                 self.thinking.append(event.block)
 
 
+# An answer of some dialect has one of these; what has none of them says nothing.
+ANSWER_FIELDS = ("choices", "output", "content", "data", "candidates")
+
+
 def good_object(answer: Answer, body: bytes) -> Json:
-    """The JSON of a whole answer; raises UpstreamError for pages and error objects that came as 200."""
+    """The JSON of a whole answer; raises UpstreamError for pages, error objects and rubbish that came as 200."""
     value = json_object(body)
-    if value is None:
-        raise UpstreamError(classify(502, answer.headers, body, time.time()))
-    if is_error_object(value):
+    if value is not None and is_error_object(value):
         raise UpstreamError(stream_failure(value))
+    if value is None or not any(name in value for name in ANSWER_FIELDS):
+        said = body[:ERROR_EXCERPT].decode("utf-8", "replace").strip()
+        what = html_title(body.decode("utf-8", "replace")) if said[:1] == "<" else f"upstream answered 200 with {said or 'nothing'}"
+        raise UpstreamError(Failure("transport", "provider", 502, what, request_id=answer.headers.get("x-request-id"),
+                                    headers=tuple(relayed_headers(answer.headers))))
     return value
 
 
@@ -16529,7 +16739,7 @@ def quota_entry(name: str, snapshot: Json) -> Json:
 # Routes, keys, origin checks, and the handler that owns the client's socket.
 
 # Unread body bytes we take in after a refusal, so that the client reads our answer instead of a reset.
-LINGER_BYTES, LINGER_S = 1 << 20, 1.0
+LINGER_BYTES, LINGER_S = 1 << 28, 2.0
 POLITE_CONNECTIONS = 64  # connections above the limit that are still told so in their dialect
 FORWARDING_HEADERS = ("forwarded", "x-forwarded-", "x-real-ip", "cf-connecting-ip")  # beginnings
 ALLOWED_METHODS = "GET,HEAD,PUT,POST,DELETE,PATCH,OPTIONS"

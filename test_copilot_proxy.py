@@ -3498,11 +3498,16 @@ class Classification(unittest.TestCase):
                 "", "prompt is too long", "unsupported_api_for_model", "no_available_model_endpoints", "model_not_supported",
                 "editor-version", "off_topic", "authorize_url", "auto-mode selector", "session_quota_exceeded", "usage_not_included",
                 "not licensed", "quota", "endpoint is forbidden", "too many concurrent", "quota_exceeded", "rate limit",
-                "user_model_rate_limited", "integration_rate_limited", "extension_blocked", "websocket_connection_limit_reached", "answered with an html page")):
+                "user_model_rate_limited", "integration_rate_limited", "extension_blocked", "websocket_connection_limit_reached", "answered with an html page", "weekly limit")):
             haystack = " " + text
             reached.add(next(at for at, (statuses, pattern, *_) in enumerate(cp.FAILURE_ROWS)
                              if (statuses is None or status in statuses) and re.search(pattern, haystack)))
         self.assertEqual(reached, set(range(len(cp.FAILURE_ROWS))))
+
+    def test_a_limit_that_comes_as_403_is_one(self):
+        for text, kind in (("additional_spend_limit_reached", "quota"), ("Monthly budget reached", "quota"), ("you have reached your weekly limit", "rate"),
+                           ("API rate limit exceeded", "rate"), ("access to this endpoint is forbidden", "policy"), ("no", "auth")):
+            self.assertEqual(kind, cp.classify(403, {}, text.encode(), NOW).kind, text)
 
     def test_status_request_id_and_relayed_headers_are_kept(self):
         headers = {"x-request-id": "r-1", "retry-after": "2", "x-ratelimit-exceeded": "weekly", "set-cookie": "a=b", "server": "x"}
@@ -3586,6 +3591,19 @@ class StatedTimes(unittest.TestCase):
         ({"x-ratelimit-reset": "1788000007"}, "", 7.0),
         ({"x-ratelimit-reset": "junk"}, "", None),
         ({}, "slow down", None),
+        # longer words than one letter, several units, other openings; a month is no minute and a day no second
+        ({}, "Please try again in 500 milliseconds", 0.5), ({}, "try again in 3 days.", 259200.0), ({}, "try again in 1 day", 86400.0),
+        ({}, "try again in 2 weeks", 1209600.0), ({}, "try again in 1 month", 2592000.0), ({}, "Please try again in 7m12s.", 432.0),
+        ({}, "Please try again in 1 hour, 5 minutes and 3 seconds.", 3903.0), ({}, "Your quota will reset after 18h31m10s.", 66670.0),
+        ({}, "Please wait for your limit to reset in 2 hours 15 minutes", 8100.0), ({}, "Please wait 3 hours before trying again", 10800.0),
+        ({}, "Please try again in an hour", 3600.0), ({}, "try again in a few minutes", None), ({}, "please wait until 2026-08-29T10:41:00Z", 60.0),
+        ({"retry-after": "2026-08-29T10:41:00Z"}, "", 60.0), ({"x-ratelimit-reset": "1788000060000"}, "", 60.0), ({"x-ratelimit-reset": "90"}, "", 90.0),
+        ({"x-ratelimit-reset": "2026-08-29T12:41:00+02:00"}, "", 60.0), ({"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-reset-requests": "1s"}, "", 360.0),
+        ({"x-ratelimit-reset-tokens": "6m0s", "x-ratelimit-remaining-tokens": "9", "x-ratelimit-reset-requests": "1s", "x-ratelimit-remaining-requests": "0"}, "", 1.0),
+        ({"anthropic-ratelimit-requests-reset": "2026-08-29T10:41:00Z"}, "", 60.0), ({"x-ratelimit-reset": "2026-13-41T10:41:00Z"}, "", None),
+        ({}, "Please wait for your limit to reset on August 29, 2026 at 2:00 PM or switch to auto", 12000.0), ({}, "wait until 1 Sep 2026.", 220800.0),
+        ({}, "Your limit resets on 2026-09-01.", 220800.0), ({}, "gpt-4o-2027-09-01 is busy", None), ({}, "on Foo 99, 2026", None),
+        ({"x-usage-ratelimit-session": "ent=0&ov=0.0&rem=0.0&rst=2026-08-29T10%3A41%3A00Z", "x-usage-ratelimit-weekly": "rem=5.0&rst=2026-09-29T10%3A41%3A00Z"}, "", 60.0),
     ]
 
     def test_every_way_to_state_a_wait_is_read(self):
@@ -3596,7 +3614,7 @@ class StatedTimes(unittest.TestCase):
                 self.assertEqual(failure.resets_at, None if seconds is None else failure.resets_at and NOW + seconds or 0.0)
 
     def test_a_past_date_is_no_wait(self):
-        self.assertEqual(cp.classify(429, {"x-ratelimit-reset": "1"}, b"", NOW).wait_s, 0.0)
+        self.assertEqual(cp.classify(429, {"x-ratelimit-reset": "1600000000"}, b"", NOW).wait_s, 0.0)
 
     def test_only_limits_state_times(self):
         self.assertIsNone(cp.classify(400, {"retry-after": "5"}, b"", NOW).wait_s)
@@ -3663,6 +3681,12 @@ class ErrorTexts(unittest.TestCase):
     def test_openai_bodies_have_all_four_members(self):
         error = rendered(cp.CODECS[cp.CHAT], cp.classify(400, {}, b"x", NOW))[1]
         self.assertEqual(sorted(error), ["code", "message", "param", "type"])
+
+    def test_a_failed_response_says_a_short_wait_as_codex_reads_it(self):
+        for headers, wanted in (({"retry-after": "2.4"}, ("rate_limit_exceeded", "m Please try again in 3s.")), ({"retry-after": "3600"}, ("insufficient_quota", "m (resets")),
+                                ({}, ("rate_limited", "m"))):
+            error = cp.responses_error(cp.classify(429, headers, b'{"error":{"message":"m","code":"rate_limited"}}', NOW))
+            self.assertEqual(wanted, (error["code"], error["message"][:len(wanted[1])]))
 
     def test_spent_quota_has_the_type_that_stops_retries(self):
         failure = cp.classify(429, {}, b'{"error":{"message":"m","code":"quota_exceeded"}}', NOW)
@@ -3902,8 +3926,9 @@ class FrameJunk(unittest.TestCase):
     """What no client could parse is left out of a relayed stream; everything else passes as it came."""
 
     OBJECTS = (b'data: {"a":1}\n\n', b'event: x\ndata: {}\n\n', b"data:{}\n\n", b"data:  { }\n\n", b'data: {"text":"\\ndata: [1]"}\r\n\r\n', b"id: 1\ndata: {}\n\n")
-    SILENT = (b": comment\n\n", b"\n\n", b"nonsense\n\n", b"event: ping\n\n")
-    JUNK = (b"data: [1]\n\n", b"data: nonsense\n\n", b"data:7\n\n", b'event: x\ndata: "{}"\n\n', b"data: [1]\r\n\r\n", b"data: <html>\n\n")
+    SILENT = (b": comment\n\n", b"\n\n", b"nonsense\n\n")
+    # the first three die in OpenAI's SDK
+    JUNK = (b"event: ping\n\n", b"id: 4\nretry: 100\n\n", b"retry: 100\r\n\r\n", b"data: {cut\n\n", b'event: x\ndata: {"a":\r\n\r\n', b"data:\n\n", b"data: [1]\n\n", b"data: nonsense\n\n", b"data:7\n\n", b'event: x\ndata: "{}"\n\n', b"data: [1]\r\n\r\n", b"data: <html>\n\n")
 
     def test_only_data_that_is_no_object_is_left_out(self):
         for seed in range(300):
@@ -4340,7 +4365,10 @@ class StreamErrors(unittest.TestCase):
                 ({"error": {"type": "overloaded_error", "message": "Overloaded"}}, "rate", 529), ({"error": {"message": "m", "code": "context_length_exceeded"}}, "overflow", 400),
                 ({"error": {"message": "prompt token count of 9 exceeds the limit of 8", "code": "model_max_prompt_tokens_exceeded"}}, "overflow", 400),
                 ({"type": "error", "code": "server_error", "message": "m"}, "transport", 500), ({"error": {"message": "m"}}, "transport", 502),
-                ({"error": {}}, "transport", 502), ({"error": None}, "transport", 502)):
+                ({"error": {}}, "transport", 502), ({"error": None}, "transport", 502), ({"error": "you are rate limited"}, "rate", 429),
+                ({"error": {"message": "m", "code": "user_weekly_rate_limited"}}, "rate", 429), ({"error": {"message": "m", "code": "agent_mode_limit_exceeded"}}, "rate", 429),
+                ({"error": {"message": "m", "code": "billing_not_configured"}}, "quota", 402), ({"error": {"message": "m", "code": "free_quota_exceeded:x"}}, "quota", 402),
+                ({"error": {"message": "m", "code": "session_expired"}}, "auth", 401), ({"error": {"message": "You've exceeded your weekly limit."}}, "rate", 429)):
             with self.subTest(body=body):
                 failure = cp.stream_failure(body)
                 self.assertEqual((failure.kind, failure.status), (kind, status))
@@ -8136,6 +8164,18 @@ class MessagesCodecRequests(unittest.TestCase):
 
 class MessagesCodecStreams(unittest.TestCase):
     maxDiff = None
+
+    def test_a_call_without_a_stop_reason_ends_to_be_called(self):
+        body = {"type": "message", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}], "stop_reason": None}
+        frames = [cp.Frame(name, json.dumps({"type": name, **fields})) for name, fields in (
+            ("message_start", {"message": {"id": "m"}}), ("content_block_start", {"index": 0, "content_block": body["content"][0]}),
+            ("content_block_stop", {"index": 0}), ("message_stop", {}))]
+        for called in (True, False):
+            with self.subTest(called=called):
+                told = frames if called else [frames[0], frames[-1]]
+                streamed = list(cp.lawful(MESSAGES_CODEC.decode_stream([told]), "t"))[-1][-1].reason
+                whole = MESSAGES_CODEC.decode_reply(body if called else {**body, "content": []}).stop_reason
+                self.assertEqual(["tool" if called else "end"] * 2, [streamed, whole])
 
     def test_recorded(self):
         self.assertEqual(messages_read(cp.parse_frames(MESSAGES_SPOKEN.encode())), MESSAGES_SAID)
@@ -12512,6 +12552,21 @@ class WatchedClients(LineCase):
         time.sleep(0.05)
         self.assertFalse(self.line.stopper.stopped)
 
+    @unittest.skipUnless(hasattr(socket, "TCP_INFO"), "only Linux tells")
+    def test_who_talked_ahead_and_leaves_is_noticed(self):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        client = socket.create_connection(listener.getsockname())
+        sock, _ = listener.accept()
+        self.addCleanup(sock.close)
+        line = cp.ClientLine(sock, True, time.monotonic)
+        self.watch.add(line)
+        client.sendall(b"\r\n")
+        time.sleep(0.03)
+        self.assertFalse(line.stopper.stopped)
+        client.close()
+        wait_until(lambda: line.stopper.stopped, 1.0)
+
     def test_a_line_let_go_is_not_stopped_by_its_client(self):
         self.watch.remove(self.line)
         self.far.close()
@@ -15005,6 +15060,30 @@ class StreamFaults(RelayCase):
                 answer = self.exchange(dialect, stream(frame))
                 self.assertEqual((status, "it overheated"), (answer.status, failure_text(dialect, answer)))
 
+    def test_comments_before_an_error_do_not_cost_the_status(self):
+        for dialect, (frame, status) in ERROR_FRAMES.items():
+            with self.subTest(dialect):
+                answer = self.exchange(dialect, stream(b": processing\n\n", 0.02, frame))
+                self.assertEqual((status, "it overheated"), (answer.status, failure_text(dialect, answer)))
+
+    def test_a_short_limit_that_opens_a_stream_is_waited_out_a_long_one_told_with_its_date(self):
+        for dialect, seconds in itertools.product(DIALECTS_SERVED, (0.02, 2733)):
+            with self.subTest(dialect, seconds=seconds):
+                told = {"message": f"Please retry after {seconds} seconds.", "code": "rate_limited", "type": "rate_limit_error"}
+                frame = sse({"error": told}) if dialect == cp.CHAT else sse({"type": "error", **({"error": told} if dialect == cp.MESSAGES else told)}, "error")
+                answer = self.exchange(dialect, stream(frame))
+                self.assertEqual(200 if seconds < 1 else 429, answer.status)
+                if seconds > 1:
+                    self.assertIn(time.strftime("resets %a, %d %b %Y"), error_of(dialect, answer)["message"])
+                    self.assertEqual(("false", "2733"), (answer.headers["x-should-retry"], answer.headers["retry-after"]))
+
+    def test_a_whole_answer_is_told_as_the_stream_that_was_asked_for(self):
+        for dialect in DIALECTS_SERVED:
+            with self.subTest(dialect):
+                answer = self.exchange(dialect, reply(200, WHOLES[dialect], content_type=JSON_TYPE))
+                self.assertEqual(("done", "", "Grüße, Welt 🙂"), (ending(dialect, answer), COMPLAINTS[dialect](answer.body), spoken(answer)))
+                self.assertEqual(11, self.row(answer)["input_tokens"])
+
     def test_an_error_frame_in_mid_stream_ends_it(self):
         for dialect, (frame, _) in ERROR_FRAMES.items():
             with self.subTest(dialect):
@@ -15052,7 +15131,14 @@ class WholeFaults(RelayCase):
         "junk":                   (lambda body: [reply(200, b"\x00\xff junk")] * 8, (502,)),
         "a JSON list":            (lambda body: [reply(200, [1, 2])] * 8, (502,)),
         "an error with 200":      (lambda body: [reply(200, {"type": "error", "error": {"message": "it overheated", "type": "api_error", "code": "server_error"}})] * 8, (500, 502)),
+        "an error text with 200": (lambda body: [reply(200, {"error": "it overheated"})] * 8, (502,)),
+        "a flat error with 200":  (lambda body: [reply(200, {"code": "rate_limited", "message": "it overheated"})] * 8, (429,)),
+        "an object of nothing":   (lambda body: [reply(200, {"id": "x"})] * 8, (502,)),
+        "half of it":             (lambda body: [reply(200, body[:60])] * 8, (502,)),
+        "half of gzip":           (lambda body: [reply(200, gzip.compress(body)[:60], {"content-encoding": "gzip"}, JSON_TYPE)] * 8, (504,)),
+        "brotli":                 (lambda body: [reply(200, body, {"content-encoding": "br"}, JSON_TYPE)] * 8, (504,)),
         "gzip":                   (lambda body: [reply(200, gzip.compress(body), {"content-encoding": "gzip"}, JSON_TYPE)], (200,)),
+        "gzip in two members":    (lambda body: [reply(200, gzip.compress(body[:9]) + gzip.compress(body[9:]), {"content-encoding": "gzip"}, JSON_TYPE)], (200,)),
         "until close":            (lambda body: [stream(body, end="close", content_type=JSON_TYPE)], (200,)),
         "byte by byte":           (lambda body: [stream(*[bytes([byte]) for byte in body], content_type=JSON_TYPE)], (200,)),
     }
@@ -15064,6 +15150,24 @@ class WholeFaults(RelayCase):
                 answer = self.whole(dialect, *steps(body))
                 self.assertIn(answer.status, statuses)
                 self.assertTrue(answer.body == body if answer.status == 200 else error_of(dialect, answer))
+
+    def test_a_stream_nobody_asked_for_is_told_as_the_whole_answer(self):
+        for dialect, kind in itertools.product(DIALECTS_SERVED, (SSE, JSON_TYPE)):
+            with self.subTest(dialect, kind=kind):
+                answer = self.whole(dialect, stream(b": hi\n\n", *script(dialect), content_type=kind))
+                reply = cp.CODECS[dialect].decode_reply(answer.json)
+                self.assertEqual((200, "".join(SPOKEN)), (answer.status, "".join(block.text for block in reply.content if isinstance(block, cp.Text))))
+                self.assertEqual(11, self.row(answer)["input_tokens"])
+
+    def test_an_answer_that_does_not_say_why_it_ends_gets_a_reason(self):
+        call = {cp.CHAT: ("tool_calls", {"choices": [{"index": 0, "message": {"role": "assistant", "content": None, "tool_calls": [
+                    {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, "finish_reason": None}]}),
+                cp.MESSAGES: ("tool_use", {"content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}], "stop_reason": None})}
+        for dialect, (reason, changes) in call.items():
+            for body, wanted in ((json.loads(WHOLES[dialect]), {cp.CHAT: "stop", cp.MESSAGES: "end_turn"}[dialect]), ({**json.loads(WHOLES[dialect]), **changes}, reason)):
+                with self.subTest(dialect, wanted=wanted):
+                    (body if dialect == cp.MESSAGES else body["choices"][0])[{cp.CHAT: "finish_reason", cp.MESSAGES: "stop_reason"}[dialect]] = None
+                    self.assertEqual(wanted, cp.CODECS[dialect].stop_reason(self.whole(dialect, reply(200, body)).json))
 
     def test_every_failure_is_a_row(self):
         for name, (steps, _) in self.FAULTS.items():
@@ -18309,6 +18413,19 @@ class LongLimits(LimitCase):
                 self.assertEqual(long if dialect != cp.MESSAGES else False, error["type"] == "insufficient_quota")
                 if dialect == cp.GEMINI:
                     self.assertEqual(long, any(detail["@type"].endswith("QuotaFailure") for detail in error.get("details", ())))
+
+    def test_what_an_earlier_answer_told_of_its_end_is_remembered(self):
+        for status, body, name, end in ((402, capi("You have no quota", "quota_exceeded"), "quota-snapshot-premium_interactions", "2099-09-01T00:00:00Z"),
+                                        (403, "you have reached your monthly limit", "quota-snapshot-premium_models", "2099-09-01T00:00:00Z"),
+                                        (429, capi("Sorry", "user_weekly_rate_limited"), "usage-ratelimit-weekly", "2099-09-01T00:00:00Z"),
+                                        (402, "You have no quota", "quota-snapshot-premium_interactions", "2020-09-01T00:00:00Z")):
+            with self.subTest(status, name=name, end=end):
+                self.forget()
+                headers = {"x-" + name: f"ent=9&ov=0.0&ovPerm=false&rem=3.0&rst={urllib.parse.quote(end)}"}
+                self.upstream.answer(CHAT_PATH, reply(200, WHOLES[cp.CHAT], headers, JSON_TYPE), reply(status, body))
+                self.assertEqual(200, self.put(cp.CHAT, False).reply().status)
+                answer = self.put(cp.CHAT, False).reply()
+                self.assertEqual((status, "2099" in end), (answer.status, "2099 " in answer.json["error"]["message"]), answer.text)
 
     def test_behind_keep_alives_the_ending_says_it(self):
         self.gateway.app.settings().values.update({"streams.keepAliveSeconds": 0.05, "streams.statusHoldSeconds": 0.05})
