@@ -9743,7 +9743,8 @@ class Passage:
 
 class Mend(NamedTuple):
     """What a refusal teaches. `pattern` is searched in `MESSAGE [STATUS] [param PARAM]`, case aside; `learn(found, body, plan)` gives
-    a hashable lesson or None; `cure(body, lesson, plan)` edits in place and says whether it did."""
+    a hashable lesson or None; `cure(body, lesson, plan)` edits in place and says whether it did. `renewed`: what is learned
+    takes the place of what was learned before, for both would be obeyed."""
 
     name: str
     dialects: Tuple[str, ...]
@@ -9751,6 +9752,7 @@ class Mend(NamedTuple):
     pattern: str
     learn: Callable[[Any, Json, Plan], Any]
     cure: Callable[[Json, Any, Plan], bool]
+    renewed: bool = False
     provider: str = "copilot"
 
 
@@ -10055,7 +10057,7 @@ MENDS: Tuple[Mend, ...] = (
     #    name            dialects               source
     Mend("thinking",     (MESSAGES,),           "copilot-upstream 7.1",
          r"thinking\.type\.enabled\W.*adaptive|adaptive thinking is not supported|thinking\.type\W.*(?:input should be 'enabled'|adaptive|not supported)",
-         learn_thinking, change_thinking),
+         learn_thinking, change_thinking, renewed=True),
     Mend("signature",    (MESSAGES, CHAT),      "copilot-upstream 5.1, 7.1",
          r"signature\W* in \W*thinking\W* block|in \W*redacted_thinking\W* block|bound to a different conversation",
          learn_states, drop_states),
@@ -10068,16 +10070,16 @@ MENDS: Tuple[Mend, ...] = (
     Mend("beta",         (MESSAGES,),           "copilot-upstream 7.2",
          r"anthropic-beta|beta flag|beta header|context beta", learn_betas, drop_betas),
     Mend("efforts",      EVERY,                 "user-pains P44",
-         rf"(?:effort|\blevel\b|{REFUSED}).*?{ALLOWED}", learn_efforts, lambda body, efforts, plan: set_effort(body, plan, efforts)),
+         rf"(?:effort|\blevel\b|{REFUSED}).*?{ALLOWED}", learn_efforts, lambda body, efforts, plan: set_effort(body, plan, efforts), renewed=True),
     Mend("verbosity",    (CHAT, RESPONSES),     "user-pains P44",
-         rf"(?:verbosity|{REFUSED}).*?{ALLOWED}", learn_verbosities, set_verbosity),
+         rf"(?:verbosity|{REFUSED}).*?{ALLOWED}", learn_verbosities, set_verbosity, renewed=True),
     Mend("no_effort",    EVERY,                 "clients.md, Claude Code",
          r"not support the effort parameter|effort\W+is not supported", learn_word, lambda body, _, plan: set_effort(body, plan, ())),
     Mend("renamed",      EVERY,                 "copilot-upstream 5.1",
          r"'(?P<old>\w+)' is not supported.*use '(?P<new>\w+)' instead", learn_names,
          lambda body, names, plan: renamed_field(body, *names)),
     Mend("output_cap",   EVERY,                 "Anthropic and OpenAI wordings",
-         r"max_(?:completion_|output_)?tokens\W.*?(?:\d+ ?> ?|at most |less than or equal to )(?P<cap>\d{3,9})", learn_cap, cap_output),
+         r"max_(?:completion_|output_)?tokens\W.*?(?:\d+ ?> ?|at most |less than or equal to )(?P<cap>\d{3,9})", learn_cap, cap_output, renewed=True),
     Mend("prefill",      (CHAT, MESSAGES),      "copilot-upstream 7.1",
          r"assistant message prefill|must end with a user message", learn_word, lambda body, _, plan: answer_prefill(body, plan)),
     Mend("late_system",  (MESSAGES,),           "copilot-upstream 7.1",
@@ -10105,6 +10107,7 @@ MENDS: Tuple[Mend, ...] = (
 
 
 CURES = {row.name: row.cure for row in MENDS}
+RENEWED = frozenset(row.name for row in MENDS if row.renewed)
 
 
 def mend(body: Json, failure: Failure, plan: Plan) -> Optional[Lesson]:
@@ -12079,6 +12082,7 @@ class Lessons:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self.taught = 0  # grows with every lesson that is new
         self._learned: Dict[Tuple[str, str], Dict[Lesson, float]] = {}  # lesson -> when it ends; guarded by _lock
 
     def learn(self, origin: str, dialect: str, lesson: Lesson) -> bool:
@@ -12087,6 +12091,9 @@ class Lessons:
         with self._lock:
             known = self._learned.pop((origin, dialect), {})
             new = known.pop(lesson, 0.0) <= now
+            self.taught += new
+            if lesson[0] in RENEWED:
+                known = {other: ends for other, ends in known.items() if other[0] != lesson[0]}
             known[lesson] = now + self.LIFE_S
             self._learned[origin, dialect] = dict(list(known.items())[-self.EACH:])
             while len(self._learned) > self.KEYS:
@@ -15330,6 +15337,7 @@ EMBEDDING_BATCH = 512  # inputs per call where the catalogue states no limit (co
 COUNT_PAUSE_S = 60.0  # after a 429 of upstream's own counting
 ERROR_BODY_BYTES = 1 << 20  # more of an error answer is not read
 ERROR_EXCERPT = 200  # bytes of an answer that is none, for the error that says so
+MENDS_EACH = 8  # of one request: upstream names one fault at a time, and one tool server may bring several bad tools
 NO_RETRY_KINDS = frozenset(("auth", "policy", "quota", "overflow"))
 
 
@@ -16150,6 +16158,7 @@ class Turn(Value):
     plan: Plan
     wire: Outgoing
     road: Road
+    taught: int  # `Lessons.taught` when it was shaped
 
 
 def says_something(message: Message) -> bool:
@@ -16222,7 +16231,7 @@ class Gateway:
 
     def _turn(self, plan: Plan, body: Json, request: Request, inbound: Inbound, line: ClientLine, exchange: Exchange) -> Turn:
         """The request as the plan's model gets it, and the road of its answer. Edits the body."""
-        quirks = quirks_for(plan)
+        quirks, taught = quirks_for(plan), self._lessons.taught
         if plan.road == "translated":
             wire = self._translated(plan, request, quirks, inbound.parsed is not None and inbound.parsed.as_ascii)
             # It opens a stream, whose end says the true number: 1.5 ms of 200,000 tokens, a count takes 3.4.
@@ -16238,7 +16247,7 @@ class Gateway:
         if plan.stream:
             line.may_open_early(answer_head(200, road.stream_headers({})), CODECS[plan.dialect].keep_alive)
             line.ending = road.ending
-        return Turn(request, plan, wire, road)
+        return Turn(request, plan, wire, road, taught)
 
     def _serve(self, turn: Turn, read: Callable[[], Tuple[Plan, Json, Request]]) -> None:
         """Serves a turn, or one of its fallbacks in its place; raises UpstreamError while nothing has been relayed.
@@ -16291,6 +16300,8 @@ class Gateway:
         """Sends one turn and relays its answer; raises UpstreamError while nothing of upstream's has been relayed."""
         plan, road = turn.plan, turn.road
         exchange = road.exchange
+        if turn.taught != self._lessons.taught and heed(turn.wire.body, self._lessons.of(plan.origin, plan.upstream_dialect), plan):
+            turn.wire.raw = dump_json(turn.wire.body)  # learned while it stood in line
         self._repeated(partial(self._mended, plan, turn.wire, road, road.inbound, road.line, exchange), road.line, exchange)
         if exchange.outcome == "ok" and exchange.usage is not None and not exchange.usage.estimated:  # the client has its answer
             self._prompts.learn(turn.request, plan.model, exchange.usage.input)
@@ -16338,24 +16349,30 @@ class Gateway:
                        partial(expected_input, self._prompts, request, plan, self._settings()))
 
     def _mended(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine, exchange: Exchange) -> None:
-        """Sends and relays; once more where a refusal says what to mend. Raises UpstreamError like `_send_and_relay`."""
-        try:
-            return self._send_and_relay(plan, wire, road, inbound, line, exchange)
-        except UpstreamError as error:
-            told, refused = len(plan.dropped), error.failure.message
-            lesson = mend(wire.body, error.failure, plan)
-            if lesson is None:
-                raise
-        wire.raw = dump_json(wire.body)
+        """Sends and relays; once more after every refusal that says what to mend. Raises UpstreamError like `_send_and_relay`."""
+        learned: List[Tuple[str, Lesson]] = []  # (refusal, what was made of it)
+        while True:
+            try:
+                return self._send_and_relay(plan, wire, road, inbound, line, exchange)
+            except UpstreamError as error:
+                if len(learned) == MENDS_EACH:
+                    raise
+                failure, told = error.failure, len(plan.dropped)
+                lesson = mend(wire.body, failure, plan)
+                before = [known for refusal, known in learned if refusal == failure.message]
+                if lesson is None or before and before[-1][0] != lesson[0]:
+                    for known in before:  # that was not it
+                        self._lessons.forget(plan.origin, plan.upstream_dialect, known)
+                    raise
+            learned.append((failure.message, lesson))
+            self._keep(lesson, plan, plan.dropped[told:])
+            wire.raw = dump_json(wire.body)
+
+    def _keep(self, lesson: Lesson, plan: Plan, gone: Sequence[str]) -> None:
+        """Remembers a lesson for the account and model; the operator is told once."""
         if self._lessons.learn(plan.origin, plan.upstream_dialect, lesson):
-            gone = ", ".join(plan.dropped[told:])
-            self._log.info(f"upstream refused a request for {plan.model}; mended and repeated: {lesson[0]}{': without ' + gone if gone else ''}")
-        try:
-            self._send_and_relay(plan, wire, road, inbound, line, exchange)
-        except UpstreamError as again:
-            if again.failure.message == refused:  # that was not it
-                self._lessons.forget(plan.origin, plan.upstream_dialect, lesson)
-            raise
+            without = f": without {', '.join(gone)}" if gone else ""
+            self._log.info(f"upstream refused a request for {plan.model}; mended and repeated: {lesson[0]}{without}")
 
     def _send_and_relay(self, plan: Plan, wire: Outgoing, road: Road, inbound: Inbound, line: ClientLine,
                         exchange: Exchange) -> None:

@@ -19316,8 +19316,8 @@ class ThinkingHidden(RelayCase):
                 self.assertEqual(events[-4:], seen[3:])
 
 
-class Learning(RelayCase):
-    """What upstream refuses is mended where it says so, repeated once, and remembered for the account and model."""
+class LearningCase(RelayCase):
+    """Requests of which upstream refuses something."""
 
     def turn(self, dialect: str, **changes: Any) -> Tuple[int, List[Seen], Reply]:
         """(status, what upstream saw, answer)."""
@@ -19325,6 +19325,10 @@ class Learning(RelayCase):
         headers = changes.pop("headers", None)
         answer = self.post(*asking(dialect, **changes), headers=headers)
         return answer.status, self.upstream.seen(UPSTREAM_PATHS[dialect])[before:], answer
+
+
+class Learning(LearningCase):
+    """What upstream refuses is mended where it says so, repeated once, and remembered for the account and model."""
 
     def test_a_field_nobody_told_us_of(self):
         self.upstream.switch(fields_refused=("foo.bar",))
@@ -19582,6 +19586,154 @@ class Learning(RelayCase):
                 self.assertTrue(cp.heed(again, [lesson], plan))
                 self.assertEqual(wanted, again)
                 self.assertFalse(cp.heed(again, [lesson], plan))
+
+
+FOO_REFUSED = anthropic_error("foo: Extra inputs are not permitted")
+
+
+def bare_schemas(*names: str) -> List[Json]:
+    """Tools in the form of Messages."""
+    return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in names]
+
+
+class LearningInACrowd(LearningCase):
+    """Lessons while many ask at once, and while upstream restarts on its port, perhaps with another mind."""
+
+    CROWD = 24
+    # what is refused: (dialect, upstream's words, the switch that keeps refusing it, request)
+    REFUSALS: Dict[str, Tuple[str, str, Json, Json]] = {
+        "field": (cp.MESSAGES, FOO_REFUSED, {"fields_refused": ("foo",)}, {"foo": 1}),
+        "beta": (cp.MESSAGES, anthropic_error("Unexpected value(s) `interleaved-thinking-2025-05-14` for the `anthropic-beta` header."),
+                 {"betas_refused": ("interleaved-thinking-2025-05-14",)}, {"headers": {"anthropic-beta": "interleaved-thinking-2025-05-14"}}),
+        "effort": (cp.CHAT, capi("Unsupported value: 'high' is not supported with the 'gpt-5.1' model. Supported values are: 'low', and 'medium'.", "invalid_request_body"),
+                   {"efforts_listed": ("low", "medium")}, {"model": "gpt-5.1", "reasoning_effort": "high"}),
+        "tool": (cp.MESSAGES, anthropic_error("tools.1.custom.input_schema: JSON schema is invalid"), {"tools_refused": ("bad",)}, {"tools": bare_schemas("good", "bad")}),
+    }
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+        self.lessons = self.gateway.app.gateway._lessons = cp.Lessons(lambda: self.now)
+
+    def crowd(self, dialect: str, headers: Optional[Dict[str, str]] = None, **changes: Any) -> List[int]:
+        """The statuses of a crowd's requests, made at once."""
+        with concurrent.futures.ThreadPoolExecutor(self.CROWD) as crowd:
+            return [answer.status for answer in crowd.map(lambda _: self.post(*asking(dialect, **changes), headers=headers), range(self.CROWD))]
+
+    def statuses(self, dialect: str) -> List[int]:
+        """What upstream has answered since it was asked last."""
+        found = [seen.status for seen in self.upstream.seen(UPSTREAM_PATHS[dialect])]
+        self.upstream.requests.clear()
+        return found
+
+    def restart(self, **switches: Any) -> None:
+        """Another process on upstream's port, which knows our token by now."""
+        port = urlsplit(self.upstream.url).port
+        self.upstream.close()
+        self.upstream = ScriptedUpstream(port, **switches)
+        self.addCleanup(self.upstream.close)
+        self.assertEqual(200, self.post(*asking(cp.RESPONSES)).status)
+        self.upstream.requests.clear()
+
+    def known(self) -> List[str]:
+        """The names of all lessons."""
+        return [name for known in self.lessons._learned.values() for name, _ in known]
+
+    def refused_at_once(self, label: str, count: int) -> List[int]:
+        """Upstream's answers to a crowd of which so many are refused while nobody has learned yet; all are served."""
+        dialect, words, switches, changes = self.REFUSALS[label]
+        self.restart()
+        here, queue = threading.Event(), self.gateway.app.gateway._queue
+        self.upstream.answer(UPSTREAM_PATHS[dialect], *[hang(here, reply(400, words, content_type=JSON_TYPE))] * count)
+        with concurrent.futures.ThreadPoolExecutor(1) as aside:
+            served = aside.submit(self.crowd, dialect, **changes)
+            wait_until(lambda: len(self.upstream.seen(UPSTREAM_PATHS[dialect])) + sum(map(len, queue._waiting.values())) == self.CROWD)
+            self.upstream.switch(**switches)
+            here.set()
+        self.assertEqual([200] * self.CROWD, served.result())
+        return self.statuses(dialect)
+
+    def test_all_are_served_and_each_is_refused_once_at_most(self):
+        for label, (dialect, _, _, changes) in self.REFUSALS.items():
+            with self.subTest(label):
+                self.assertEqual([200] * self.CROWD + [400] * self.CROWD, sorted(self.refused_at_once(label, self.CROWD)))
+                self.assertEqual([200] * self.CROWD, self.crowd(dialect, **changes))
+                self.assertEqual([200] * self.CROWD, self.statuses(dialect))
+
+    def test_who_stands_in_line_learns_from_those_before(self):
+        self.gateway.app.settings().values["limits.concurrentPerClient"] = 2
+        for label in self.REFUSALS:
+            with self.subTest(label):
+                self.assertEqual([200] * self.CROWD + [400] * 2, sorted(self.refused_at_once(label, 2)))
+
+    def test_faults_that_upstream_names_one_by_one_are_mended_in_one_request(self):
+        self.restart(fields_refused=("foo", "bar.baz"), tools_refused=("bad", "worse"), betas_refused=("interleaved-thinking-2025-05-14",))
+        faulty = {"foo": 1, "bar": {"baz": 2}, "tools": bare_schemas("good", "bad", "worse"), "headers": {"anthropic-beta": "interleaved-thinking-2025-05-14"}}
+        for calls in (6, 1):
+            status, seen, answer = self.turn(cp.MESSAGES, **faulty)
+            self.assertEqual((200, calls), (status, len(seen)), answer.text)
+            self.assertEqual(({}, ["good"]), (seen[-1].body["bar"], [tool["name"] for tool in seen[-1].body["tools"]]))
+
+    def test_a_request_full_of_faults_is_given_up_and_goes_on_where_it_stopped(self):
+        names = [f"bad{number}" for number in range(cp.MENDS_EACH + 3)]
+        self.restart(tools_refused=names)
+        for wanted, calls in ((400, cp.MENDS_EACH + 1), (200, 4), (200, 1)):
+            status, seen, _ = self.turn(cp.MESSAGES, tools=bare_schemas(*names, "good"))
+            self.assertEqual((wanted, calls), (status, len(seen)))
+
+    def test_a_lesson_outlives_upstreams_process(self):
+        self.restart(fields_refused=("foo",))
+        self.turn(cp.MESSAGES, foo=1)
+        self.upstream.close()
+        self.assertEqual(504, self.post(*asking(cp.MESSAGES, foo=1)).status)
+        self.restart(fields_refused=("foo", "bar"))
+        status, seen, _ = self.turn(cp.MESSAGES, foo=1, bar=1)
+        self.assertEqual((200, [400, 200]), (status, [one.status for one in seen]))
+        self.assertEqual(["field", "field"], self.known())
+
+    def test_what_upstream_takes_again_reaches_it_after_six_hours(self):
+        self.restart(fields_refused=("foo",))
+        self.turn(cp.MESSAGES, foo=1)
+        self.restart()
+        for hours, sent in ((5.9, False), (6, True)):
+            self.now = hours * 3600
+            status, seen, _ = self.turn(cp.MESSAGES, foo=1)
+            self.assertEqual((200, sent), (status, "foo" in seen[-1].body))
+
+    def test_a_crowd_that_no_lesson_helps_asks_twice_each_and_forgets_it(self):
+        self.restart()
+        self.upstream.answer(MESSAGES_PATH, *[reply(400, FOO_REFUSED, content_type=JSON_TYPE)] * 2 * self.CROWD)
+        self.assertEqual([400] * self.CROWD, self.crowd(cp.MESSAGES, foo=1))
+        calls = len([status for status in self.statuses(cp.MESSAGES) if status == 400])
+        self.assertTrue(self.CROWD <= calls <= 2 * self.CROWD, calls)
+        self.assertEqual([], self.known())
+        self.upstream.scripts.clear()
+        self.assertIn("foo", self.turn(cp.MESSAGES, foo=1)[1][-1].body)
+
+    def test_of_two_lessons_that_contradict_the_later_counts(self):
+        for allowed, asked, wanted in ((("medium", "high"), "low", "medium"), (("low", "medium"), "high", "medium"), (("low", "medium"), "low", "low")):
+            self.restart(efforts_listed=allowed)
+            status, seen, _ = self.turn(cp.CHAT, model="gpt-5.1", reasoning_effort=asked)
+            self.assertEqual((200, wanted), (status, seen[-1].body["reasoning_effort"]))
+        self.assertEqual(["efforts"], self.known())
+        for refused, used in (("max_tokens", "max_completion_tokens"), ("max_completion_tokens", "max_tokens")) * 2:
+            words = f"Unsupported parameter: '{refused}' is not supported with this model. Use '{used}' instead."
+            self.upstream.answer(CHAT_PATH, reply(400, capi(words, "invalid_request_body"), content_type=JSON_TYPE))
+            status, seen, _ = self.turn(cp.CHAT, max_tokens=9)
+            self.assertEqual((200, 9), (status, seen[-1].body.get(used)), words)
+            self.assertEqual((200, 1), (self.turn(cp.CHAT, max_tokens=9)[0], len(self.turn(cp.CHAT, max_tokens=9)[1])))
+
+    def test_accounts_models_and_dialects_learn_for_themselves(self):
+        self.restart(fields_refused=("foo",))
+        self.turn(cp.MESSAGES, foo=1)
+        accounts = self.gateway.app.accounts
+        ours, accounts.active = accounts.active, cp.Account("ghu_other", "a test")
+        self.upstream.github_tokens.add("ghu_other")
+        for account, changes, calls in ((accounts.active, {}, 2), (accounts.active, {}, 1), (ours, {}, 1), (ours, {"model": "claude-sonnet-4.5"}, 2)):
+            accounts.active = account
+            status, seen, _ = self.turn(cp.MESSAGES, foo=1, **changes)
+            self.assertEqual((200, calls), (status, len(seen)))
+        self.assertEqual(2, len(self.turn(cp.CHAT, foo=1, model="claude-opus-4.6")[1]))
 
 
 WORDINGS = [
