@@ -79,6 +79,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
@@ -12295,12 +12296,12 @@ class PiecewiseServer(WireServer):
 class StoppedRequests(DoorCase):
     """A request is ended from outside wherever it stands."""
 
-    def stopped_after(self, row: Any) -> float:
-        server, stopper = self.server(row), cp.Stopper()
+    def stopped_after(self, url: str, body: Optional[bytes] = None) -> float:
+        stopper = cp.Stopper()
         threading.Timer(0.03, stopper.stop).start()
         begun = time.monotonic()
         with self.assertRaises(cp.ClientGone):
-            answer = self.door().open("GET", server.url, [], stopper=stopper)
+            answer = self.door().open("POST", url, [], body, stopper=stopper)
             self.addCleanup(answer.close)
             answer.read_all()
         return time.monotonic() - begun
@@ -12309,7 +12310,23 @@ class StoppedRequests(DoorCase):
         for label, begun in (("for the head", b""), ("for the body", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi"),
                              ("for a chunk", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), ("for the close", b"HTTP/1.1 200 OK\r\n\r\n")):
             with self.subTest(label):
-                self.assertLess(self.stopped_after((begun, True)), SOON_S)
+                self.assertLess(self.stopped_after(self.server((begun, True)).url), SOON_S)
+
+    def test_while_upstream_takes_nothing_in(self):
+        with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections come to be; nobody reads, nobody shakes hands
+            for label, scheme, body in (("the body", "http", bytes(40 << 20)), ("a greeting", "https", None)):
+                with self.subTest(label):
+                    self.assertLess(self.stopped_after(f"{scheme}://127.0.0.1:{deaf.getsockname()[1]}/", body), SOON_S)
+
+    @unittest.skipUnless(sys.platform == "linux", "a listener with a full queue is silent on Linux only")
+    def test_while_it_connects(self):
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+            crowd = [socket.socket() for _ in range(4)]
+            for sock in crowd:
+                self.addCleanup(sock.close)
+                sock.setblocking(False)
+                sock.connect_ex(full.getsockname())
+            self.assertLess(self.stopped_after(f"http://127.0.0.1:{full.getsockname()[1]}/"), SOON_S)
 
     def test_before_it_began(self):
         stopper, server = cp.Stopper(), self.server()
