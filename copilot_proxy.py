@@ -13421,7 +13421,10 @@ class CopilotToken(Value):
 
 
 class SingleFlight:
-    """Lets one caller do the work and gives its result to all who ask meanwhile; no lock is held while it works."""
+    """Lets one caller do the work and gives its result to all who ask meanwhile; no lock is held while it works.
+
+    Work that requests wait for has a thread of its own: the client of the first may leave, the others still need it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -13432,18 +13435,28 @@ class SingleFlight:
         with self._lock:
             flight, first = self._running or _Flight(), self._running is None
             self._running = flight
-        if not first:
-            return flight.join(stopper)
+        if first and not (stopper and self._has_left(flight, work)):
+            self._fly(flight, work)
+        return flight.join(stopper)
+
+    def _has_left(self, flight: _Flight, work: Callable[[], Any]) -> bool:
+        """Starts the work in a thread of its own; False where the system gives no more threads."""
+        try:
+            threading.Thread(target=self._fly, args=(flight, work), name="flight", daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
+
+    def _fly(self, flight: _Flight, work: Callable[[], Any]) -> None:
+        """Does the work; its error is for those who join."""
         try:
             flight.result = work()
         except BaseException as exc:
             flight.error = exc
-            raise
         finally:
             with self._lock:
                 self._running = None
             flight.done.set()
-        return flight.result
 
 
 class _Flight:

@@ -13069,6 +13069,40 @@ class Renewal(GatewayCase):
             thread.join()
         self.assertEqual(([200] * 20, before + 1), (statuses, self.exchanges()))
 
+    def test_who_leaves_during_the_exchange_ends_at_once_and_the_others_are_served(self):
+        landed = threading.Event()
+        self.gateway.app.accounts.active.copilot.received_at -= 86400
+        self.upstream.answer(TOKEN_URL, hang(landed))
+        clients, before = [self.client() for _ in range(3)], self.exchanges()
+        for number, client in enumerate(clients):
+            client.request("POST", *asking(cp.CHAT))
+            wait_until(lambda: len(self.gateway.app.running) > number and self.exchanges() > before)
+        for client in clients[:2]:  # the first asked for the exchange
+            client.close()
+        wait_until(lambda: len(self.gateway.rows()) == 2, 1.0)
+        landed.set()
+        self.assertEqual(200, clients[2].reply().status)
+        self.assertEqual((before + 1, 1), (self.exchanges(), len(self.upstream.seen(CHAT_PATH))))
+        self.assertEqual({"client_gone"}, {row["outcome"] for row in self.gateway.rows()[:2]})
+
+    def test_who_leaves_while_a_name_is_looked_up_ends_at_once(self):
+        wait_until(self.gateway.app.models._idle.is_set)  # the first fetch is another flight
+        self.upstream.answer("/models", hang(threading.Event()))
+        client, before = self.client(), len(self.upstream.seen("/models"))
+        client.request("POST", *asking(cp.CHAT, model="gpt-of-tomorrow"))
+        wait_until(lambda: len(self.upstream.seen("/models")) > before, 5)
+        client.close()
+        wait_until(lambda: self.gateway.rows(), 1.0)
+        self.assertEqual("client_gone", self.gateway.rows()[0]["outcome"])
+
+    def test_without_another_thread_the_first_asks_itself(self):
+        self.gateway.app.accounts.active.copilot.received_at -= 86400
+        with mock.patch.object(cp.SingleFlight, "_fly", autospec=True, side_effect=cp.SingleFlight._fly) as fly, \
+                mock.patch.object(cp.threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.gateway.app.accounts.bearer(cp.Stopper())
+        self.assertEqual(1, fly.call_count)
+        self.assertTrue(self.gateway.app.accounts.active.copilot.is_fresh(time.time()))
+
     REFUSALS = [(401, TOKEN_EXPIRED), (401, "unauthorized: token revoked"), (403, "Forbidden"), (403, ""), (421, "Misdirected Request")]
 
     def test_refusal_is_cured_by_one_exchange_and_one_replay(self):
