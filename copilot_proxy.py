@@ -16821,15 +16821,17 @@ class PlainAnswer(Value):
 
 
 class ClientReader:
-    """Reads requests from one client socket; what follows a body stays for the next request."""
+    """Reads requests from one client socket; what follows a body stays for the next request. `idle`: nothing of one is here."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._conn = Conn(sock, ("", "client", ""))
         self._rest = b""
+        self.idle = True
 
     def head(self, settings: Settings) -> Optional[bytes]:
         """The next head without its empty line; None when the client closed or stayed idle; raises ClientError."""
         data = self._rest.lstrip(b"\r\n")
+        self.idle = not data
         limit = settings["limits.headerBytes"]
         deadline = time.monotonic() + settings["limits.headerSeconds"] if data else None
         while True:
@@ -16841,6 +16843,7 @@ class ClientReader:
                 raise ClientError(f"the request head is larger than {limit} bytes", status=431)
             more = self._more(self._conn.read_next, settings["limits.idleSeconds"]) if deadline is None \
                 else self._more(self._conn.read, max(0.0, deadline - time.monotonic()))
+            self.idle = False
             if not more:
                 return None
             deadline = deadline or time.monotonic() + settings["limits.headerSeconds"]
@@ -17283,9 +17286,21 @@ class Handler(socketserver.BaseRequestHandler):
         if hasattr(socket, "SO_SNDTIMEO") and os.name == "posix":
             # a client that takes nothing for so long is gone; without it its thread would stay for ever
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 600, 0))
-        reader = ClientReader(self.request)
-        while self._next(reader):
-            pass
+        self.reader = ClientReader(self.request)
+        self.server.handlers.add(self)
+        try:
+            while self._next(self.reader) and not self.server.app.stopping:
+                pass
+        finally:
+            self.server.handlers.discard(self)
+
+    def dismiss(self) -> None:
+        """Ends the connection if nothing of a request has arrived: it reads the end of its socket."""
+        if self.reader.idle:
+            try:
+                self.request.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass  # the client was quicker
 
     def _next(self, reader: ClientReader) -> bool:
         """Serves the next request; False when the connection ends."""
@@ -17624,6 +17639,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         self.app: App  # set before the first request is accepted
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.handlers: Set[Handler] = set()  # one per connection; single set operations
         self._active = 0  # guarded by _active_lock
         self._active_lock = threading.Lock()
         super().__init__((host, port), Handler)
@@ -17632,6 +17648,12 @@ class Server(ThreadingHTTPServer):
         """Binds without `getfqdn`, which may wait for DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def dismiss(self) -> None:
+        """Sends idle clients away; the others leave when their request has its answer."""
+        self.app.stopping = True
+        for handler in list(self.handlers):
+            handler.dismiss()
 
     def is_crowded(self) -> bool:
         """Whether more clients are connected than `limits.connections`."""
@@ -17874,7 +17896,6 @@ PATIENCE_S = 25.0  # for what runs when we are told to stop; Kubernetes kills af
 
 def finish_running(app: App, signals: queue.SimpleQueue, patience_s: float = PATIENCE_S) -> None:
     """Waits for the running requests, as long as patience lasts or until another signal comes."""
-    app.stopping = True
     deadline = time.monotonic() + patience_s
     if app.running and patience_s:
         app.log.info(f"stopping: {len(app.running)} running requests have {patience_s:g} s to end; a second signal ends them now")
@@ -17933,6 +17954,7 @@ def run_start(setup: Setup, options: Any) -> int:
         server.serve_forever(0.2)
     finally:
         server.server_close()
+        server.dismiss()
         finish_running(app, signals)
         stop_parts(app)
     return EXIT_OK

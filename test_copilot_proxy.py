@@ -17742,21 +17742,39 @@ class Stopping(HomeCase):
         self.frames = script(cp.CHAT)
         self.upstream.answer(CHAT_PATH, stream(*self.frames[:2], self.go_on, *self.frames[2:]))
 
-    def stopped_once(self) -> Tuple[GatewayProcess, Client]:
-        """A gateway that was told to stop while it relays a stream to the client."""
+    def started(self) -> Tuple[GatewayProcess, Client]:
+        """A gateway that relays a stream to the client."""
         gateway = GatewayProcess(self.home, self.upstream)
         self.addCleanup(gateway.stop, signal.SIGKILL)
-        client = Client(gateway.port)
-        self.addCleanup(client.close)
-        client.request("POST", *streaming(cp.CHAT))
+        client = self.client(gateway, *streaming(cp.CHAT))
         wait_until(lambda: self.frames[1] in client.buffer or not client.more())
-        gateway.process.send_signal(signal.SIGTERM)
         return gateway, client
 
-    def test_a_running_stream_is_served_to_its_end_and_nobody_else_is(self):
-        gateway, client = self.stopped_once()
+    def client(self, gateway: GatewayProcess, *request: Any, **headers: str) -> Client:
+        client = Client(gateway.port)
+        self.addCleanup(client.close)
+        if request:
+            client.request("POST", *request, headers)
+        return client
+
+    def tell(self, gateway: GatewayProcess, number: int) -> None:
+        """Sends the first signal."""
+        gateway.process.send_signal(number)
         wait_until(lambda: "a second signal ends them now" in gateway.text)
+
+    def test_a_running_stream_is_served_to_its_end_and_nobody_else_is(self):
+        gateway, client = self.started()
+        idle, unused, half = (self.client(gateway) for _ in range(3))
+        idle.request("GET", "/health")
+        self.assertEqual(200, idle.reply().status)
+        half.send(b"GET /health HTT")
+        wait_until(lambda: gateway.process.poll() is not None or self.connected(gateway) == 4)
+        self.tell(gateway, signal.SIGTERM)
         self.assertRaises(OSError, Client, gateway.port)
+        self.assertEqual([False, False], [idle.more(), unused.more()])
+        half.send(b"P/1.1\r\nHost: localhost\r\n\r\n")
+        answer = half.reply()
+        self.assertEqual((200, "close", False), (answer.status, answer.headers["connection"], half.more()))
         self.assertIsNone(gateway.process.poll())
         self.go_on.set()
         answer = client.reply()
@@ -17764,9 +17782,30 @@ class Stopping(HomeCase):
         self.assertEqual(0, gateway.process.wait(5))
         self.assertEqual(["ok"], self.outcomes())
 
-    def test_a_second_signal_ends_it_at_once_in_the_words_of_its_dialect(self):
-        gateway, client = self.stopped_once()
-        wait_until(lambda: "a second signal ends them now" in gateway.text)
+    @staticmethod
+    def connected(gateway: GatewayProcess) -> int:
+        """Clients whose threads run, where the system tells: all but the four of the gateway itself."""
+        return vitals(gateway.process.pid).threads - 4 if os.path.isdir("/proc/self/task") else 4
+
+    def test_who_stands_in_line_is_served_before_it_ends(self):
+        self.put("config.json", {"limits": {"concurrentPerClient": 1}})
+        gateway, client = self.started()
+        others = [self.client(gateway, *streaming(cp.RESPONSES)), self.client(gateway, *asking(cp.MESSAGES))]
+        wait_until(lambda: self.connected(gateway) >= 3)
+        self.tell(gateway, signal.SIGINT)
+        self.go_on.set()
+        self.assertEqual([200] * 3, [one.reply().status for one in (client, *others)])
+        self.assertEqual(0, gateway.process.wait(5))
+        self.assertEqual(["ok"] * 3, self.outcomes())
+
+    def test_a_second_signal_ends_all_at_once_in_the_words_of_their_dialects(self):
+        self.put("config.json", {"limits": {"concurrentPerClient": 1}})
+        gateway, client = self.started()
+        self.upstream.answer(RESPONSES_PATH, reply(429, "slow down", {"retry-after": "30"}))
+        others = [self.client(gateway, *streaming(cp.MESSAGES)), self.client(gateway, *asking(cp.CHAT)),  # in line
+                  self.client(gateway, *streaming(cp.RESPONSES), **{"session-id": "other"})]  # waits as it was told
+        wait_until(lambda: self.upstream.seen(RESPONSES_PATH) and self.connected(gateway) >= 4)
+        self.tell(gateway, signal.SIGINT)
         begun = time.monotonic()
         self.assertEqual(0, gateway.stop())
         self.assertLess(time.monotonic() - begun, SOON_S)
@@ -17795,11 +17834,18 @@ class Stopping(HomeCase):
     def test_a_kept_connection_ends_with_the_request_it_carries(self):
         gateway = RunningGateway(self.upstream, config=QUICK)
         self.addCleanup(gateway.close)
-        client = Client(gateway.port)
-        self.addCleanup(client.close)
-        gateway.app.stopping = True
-        client.request("GET", "/health")
-        self.assertEqual("close", client.reply().headers["connection"])
+        late, client = Client(gateway.port), Client(gateway.port)
+        for one in (late, client):
+            self.addCleanup(one.close)
+        late.send(b"GET /health HTTP/1.1\r\n")
+        client.request("POST", *streaming(cp.CHAT))
+        wait_until(lambda: self.frames[1] in client.buffer or not client.more())
+        wait_until(lambda: not any(handler.reader.idle for handler in gateway.server.handlers))
+        gateway.server.dismiss()
+        late.send(b"Host: localhost\r\n\r\n")
+        self.assertEqual(("close", False), (late.reply().headers["connection"], late.more()))
+        self.go_on.set()
+        self.assertEqual((b"".join(self.frames), False), (client.reply().body, client.more()))
 
 
 class StoppingParts(unittest.TestCase):
