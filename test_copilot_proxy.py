@@ -23172,6 +23172,18 @@ class Probed:
         finally:
             db.close()
 
+    def gone(self) -> List[sqlite3.Row]:
+        """The rows of clients that left."""
+        return [row for row in self.rows().values() if row["outcome"] == "client_gone"]
+
+    def counted(self) -> int:
+        """The number of committed rows."""
+        db = sqlite3.connect(os.path.join(self.home, "copilot-api.sqlite"))
+        try:
+            return db.execute("SELECT count(*) FROM requests").fetchone()[0]
+        finally:
+            db.close()
+
     def open(self, path: str, body: Json, trace_id: str) -> Client:
         """A client that has asked."""
         client = Client(self.port)
@@ -23248,19 +23260,67 @@ def leave_often(times: int) -> str:
         return f"{times} clients left, upstream was closed within {1000 * slowest:.0f} ms; before: {before}; after: {probed.vitals()}"
 
 
-def leave_the_line_often(times: int, crowd: int = 20) -> str:
-    """The same for clients that wait for their turn under `rateLimitSeconds`, so many at a time; upstream never hears of them."""
-    with Probed({"rateLimitSeconds": 3600, "rateLimitWait": True}) as probed:
-        def wave(name: str, size: int) -> None:
-            clients = [probed.open(*asking(cp.CHAT), f"{name}-{number}") for number in range(size)]
+def passed_once(probed: Probed) -> Callable[[], int]:
+    """Nobody else may pass for an hour."""
+    probed.open(*asking(cp.CHAT), "holder").reply()
+    return lambda: 1
+
+
+def taken_place(probed: Probed) -> Callable[[], int]:
+    """The one place is taken; in the end those who stand before and behind the leavers have it in turn."""
+    release = threading.Event()
+    probed.upstream.answer(CHAT_PATH, hang(release))
+    holder = probed.open(*asking(cp.CHAT), "holder")
+    wait_until(lambda: probed.upstream.seen(CHAT_PATH))
+    first = probed.open(*asking(cp.CHAT), "first")
+
+    def give_back() -> int:
+        last = probed.open(*asking(cp.CHAT), "last")
+        release.set()
+        return sum(client.reply().status == 200 for client in (holder, first, last))
+    return give_back
+
+
+def lost_token(probed: Probed) -> Callable[[], int]:
+    """GitHub does not answer the exchange, and whose request asked for it leaves; in the end it does."""
+    landed = threading.Event()
+    probed.upstream.revoke_tokens()
+    probed.upstream.answer(TOKEN_URL, *[hang(landed)] * 3)  # as often as it is tried
+    before, first = len(probed.upstream.seen(TOKEN_URL)), probed.open(*asking(cp.CHAT), "first")
+    wait_until(lambda: len(probed.upstream.seen(TOKEN_URL)) > before)
+    holder = probed.open(*asking(cp.CHAT), "holder")
+    first.close()
+    wait_until(probed.gone)
+    return lambda: (landed.set(), int(holder.reply().status == 200))[-1]
+
+
+class Line(NamedTuple):
+    """Where requests wait before upstream hears of them. `close(probed)` makes them wait; what it gives ends the wait, and
+    says how many who stayed are answered."""
+    config: Json
+    close: Callable[[Probed], Callable[[], int]]
+
+
+LINES = {
+    "the rate limit":     Line({"rateLimitSeconds": 3600, "rateLimitWait": True}, passed_once),
+    "a client's queue":   Line({"limits": {"concurrentPerClient": 1, "queueSeconds": 3600}, "streams": {"keepAliveSeconds": 0.2, "statusHoldSeconds": 0.2}}, taken_place),
+    "the token exchange": Line({}, lost_token),
+}
+
+
+def leave_the_line_often(name: str, times: int, crowd: int = 20) -> str:
+    """The same for clients that wait in a line, so many at a time; upstream never hears of them."""
+    with Probed(LINES[name].config) as probed:
+        def wave(label: str, size: int) -> None:
+            clients = [probed.open(*ask(cp.CHAT), f"{label}-{number}") for number, ask in zip(range(size), itertools.cycle((asking, streaming)))]
             wait_until(lambda: probed.vitals().threads >= size or not probed.vitals().threads)
             for client in clients:
                 client.close()
-        first = probed.open(*asking(cp.CHAT), "first")
-        first.reply()
-        first.close()
+        wait_until(lambda: "models: " in probed.gateway.text)
+        open_again, known = LINES[name].close(probed), len(probed.upstream.seen(CHAT_PATH))
+        gone = len(probed.gone()) + crowd
         wave("warm", crowd)
-        wait_until(lambda: len(probed.rows()) == 1 + crowd)
+        wait_until(lambda: len(probed.gone()) == gone)
         before = probed.vitals()
         for number in range(0, times, crowd):
             wave(f"wave-{number}", min(crowd, times - number))
@@ -23273,13 +23333,15 @@ def leave_the_line_often(times: int, crowd: int = 20) -> str:
 
 
 class EscMeansStop(unittest.TestCase):
-    """Sixty times in the normal run; `soak esc` does it a thousand times."""
+    """Some hundred times in the normal run; `soak esc` does it a thousand times at each place."""
 
     def test_nothing_is_left_of_clients_that_leave(self):
         leave_often(42)
 
     def test_nothing_is_left_of_clients_that_leave_the_line(self):
-        leave_the_line_often(20)
+        for name in LINES:
+            with self.subTest(name):
+                leave_the_line_often(name, 20)
 
 
 # ---------------------------------------------------------------------------- many slow streams at once
@@ -23462,7 +23524,9 @@ def soak_command(args: Sequence[str]) -> int:
     """`soak [MINUTES]`, `soak esc [TIMES]`."""
     if args[:1] == ["esc"]:
         times = int(args[1]) if args[1:] else 1000
-        print(leave_often(times), leave_the_line_often(times), sep="\n")
+        print(leave_often(times), flush=True)
+        for name in LINES:
+            print(leave_the_line_often(name, times), flush=True)
         return 0
     return soak(float(args[0]) if args else 30)
 
