@@ -17732,7 +17732,7 @@ class WholeProcess(unittest.TestCase):
 
 
 class Stopping(HomeCase):
-    """What SIGTERM leaves of running requests."""
+    """What SIGTERM and SIGINT leave of running requests."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -17778,7 +17778,7 @@ class Stopping(HomeCase):
         self.assertIsNone(gateway.process.poll())
         self.go_on.set()
         answer = client.reply()
-        self.assertEqual(b"".join(self.frames), answer.body)
+        self.assertEqual((b"".join(self.frames), False), (answer.body, client.more()))
         self.assertEqual(0, gateway.process.wait(5))
         self.assertEqual(["ok"], self.outcomes())
 
@@ -17811,7 +17811,10 @@ class Stopping(HomeCase):
         self.assertLess(time.monotonic() - begun, SOON_S)
         answer = client.reply()
         self.assertEqual(("error", "the gateway was stopped"), (ending(cp.CHAT, answer), failure_text(cp.CHAT, answer)))
-        self.assertEqual(["upstream_error"], self.outcomes())
+        for other in others:
+            answer = other.reply()
+            self.assertEqual((503, "the gateway was stopped"), (answer.status, answer.json["error"]["message"]))
+        self.assertEqual(["upstream_error"] * 4, self.outcomes())
 
     def test_patience_is_bounded(self):
         gateway = RunningGateway(self.upstream, config=QUICK)
@@ -18220,16 +18223,18 @@ class StoringClient:
         return reply
 
     def answer_calls(self, reply: cp.Reply, text: str) -> None:
-        """The results of all calls of a reply."""
+        """The results of all calls of a reply; a Messages client sends them in one message."""
+        results: List[Json] = []
         for call in [block for block in reply.content if isinstance(block, cp.ToolCall)]:
             if self.dialect == cp.CHAT:
                 self.turns.append({"role": "tool", "tool_call_id": call.id, "content": text})
             elif self.dialect == cp.RESPONSES:
                 self.turns.append({"type": "function_call_output", "call_id": call.id, "output": text})
             elif self.dialect == cp.MESSAGES:
-                self.turns.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": text}]})
+                results.append({"type": "tool_result", "tool_use_id": call.id, "content": text})
             else:
                 self.turns.append({"role": "user", "parts": [{"functionResponse": {"name": call.name, "response": {"output": text}}}]})
+        self.turns += [{"role": "user", "content": results}] if results else []
 
 
 class AnyClientAnyModel(RelayCase):
@@ -23324,12 +23329,14 @@ def leave_the_line_often(name: str, times: int, crowd: int = 20) -> str:
         before = probed.vitals()
         for number in range(0, times, crowd):
             wave(f"wave-{number}", min(crowd, times - number))
-        wait_until(lambda: len(probed.rows()) == 1 + crowd + times)
-        late = [row["trace_id"] for row in probed.rows().values() if row["outcome"] != "client_gone" or row["duration_ms"] > 1000 * STOP_LIMIT_S]
-        if late != ["first"] or len(probed.upstream.seen(CHAT_PATH)) != 1:
-            raise AssertionError(f"not ended at once: {late}")
+        wait_until(lambda: len(probed.gone()) == gone + times)
+        late = [row["trace_id"] for row in probed.gone() if row["duration_ms"] > 1000 * STOP_LIMIT_S]
+        if late or len(probed.upstream.seen(CHAT_PATH)) != known:
+            raise AssertionError(f"not ended at once: {late}; upstream has heard of {len(probed.upstream.seen(CHAT_PATH)) - known}")
         wait_until(lambda: has_not_grown(probed.vitals(), before))
-        return f"{times} clients left the line; before: {before}; after: {probed.vitals()}"
+        after, answered = probed.vitals(), open_again()
+        wait_until(lambda: [row["outcome"] for row in probed.rows().values()].count("ok") == answered)
+        return f"{times} clients left the line of {name}; before: {before}; after: {after}"
 
 
 class EscMeansStop(unittest.TestCase):
@@ -23359,15 +23366,19 @@ def load(args: Sequence[str]) -> int:
 
 # ---------------------------------------------------------------------------- mixed traffic with faults
 
-SOAK_CONFIG = {"maxConnectionRetries": 1, "streams": {"keepAliveSeconds": 0.5, "statusHoldSeconds": 0.5, "retryWaitSeconds": 0.2},
-               "upstreamTransport": {"headersTimeoutMs": 700, "streamInactivityTimeoutMs": 500}}
 SOAK_CLIENTS = 12
+SOAK_KEYS = [example("key-", f"soak-{number}") for number in range(SOAK_CLIENTS)]
+CROWD_KEY = example("key-", "crowd")  # shared, so that its holders stand in line for each other
+SOAK_CONFIG = {"maxConnectionRetries": 1, "streams": {"keepAliveSeconds": 0.5, "statusHoldSeconds": 0.5, "retryWaitSeconds": 0.2},
+               "upstreamTransport": {"headersTimeoutMs": 700, "streamInactivityTimeoutMs": 500},
+               "auth": {"apiKeys": [*SOAK_KEYS, CROWD_KEY]}, "limits": {"concurrentPerClient": 2, "queueSeconds": 1}}
 SOAK_FAULTS: Tuple[Callable[[List[bytes]], Step], ...] = (  # of the frames that upstream would have sent
     lambda frames: stream(*frames[:len(frames) // 2], end="cut"),
     lambda frames: stream(*frames[:2], frames[2][:20], end="reset"),
     lambda frames: stream(*frames[:len(frames) // 2], NEVER),
     lambda frames: stream(frames[0], b"data: {no json\n\n", b"\xff\xfe junk\n\n", *frames[1:]),
     lambda frames: stream(*frames[:-2]),
+    lambda frames: stream(gzip.compress(b"".join(frames)), headers={"content-encoding": "gzip"}),
     lambda frames: hang(NEVER),
     lambda frames: refuse(),
     lambda frames: close_before_head(),
@@ -23376,6 +23387,10 @@ SOAK_FAULTS: Tuple[Callable[[List[bytes]], Step], ...] = (  # of the frames that
     lambda frames: reply(429, "slow down", {"retry-after-ms": "50"}),
     lambda frames: reply(500, "<html>it broke</html>", content_type="text/html"),
     lambda frames: reply(503, "try again"),
+    lambda frames: error_step("429 weekly one day"),
+    lambda frames: error_step("401 token expired"),
+    lambda frames: error_step("403 forbidden"),
+    lambda frames: error_step("421 misdirected"),
 )
 
 
@@ -23384,19 +23399,25 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts = {"answered": 0, "failed": 0, "left": 0}
+        self.failures: Dict[str, int] = defaultdict(int)  # by status
         self.illegal: List[str] = []
-        self._lock = threading.Lock()  # guards both
+        self._lock = threading.Lock()  # guards all of them
 
-    def add(self, kind: str, complaint: str = "") -> None:
+    def add(self, kind: str, complaint: str = "", status: str = "") -> None:
         with self._lock:
             if complaint:
                 self.illegal.append(complaint)
             else:
                 self.counts[kind] += 1
+                self.failures[status] += kind == "failed"
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values()) + len(self.illegal)
 
     def __str__(self) -> str:
         parts = [f"{count} {kind}" for kind, count in self.counts.items()]
-        return f"{sum(self.counts.values()) + len(self.illegal)} requests: {', '.join(parts)}, {len(self.illegal)} illegal"
+        return f"{self.total} requests: {', '.join(parts)}, {len(self.illegal)} illegal"
 
 
 class SoakTalk:
@@ -23404,12 +23425,13 @@ class SoakTalk:
 
     def __init__(self, probed: Probed, tally: Tally, seed: int) -> None:
         self.probed, self.tally, self.rnd = probed, tally, random.Random(seed)
+        self.key = SOAK_KEYS[seed % len(SOAK_KEYS)]
 
     def run(self, until: float) -> None:
         while time.monotonic() < until:
             dialect, (upstream, model) = self.rnd.choice(CLIENT_DIALECTS), self.rnd.choice(list(MODEL_OF.items()))
             talker = StoringClient(dialect, model, self.rnd.random() < 0.7)
-            talker.say("What is the weather like?")
+            talker.say("What is the weather like?" + (" Really?" * 40000 if self.rnd.random() < 0.02 else ""))
             client = Client(self.probed.port, 30)
             try:
                 while self.turn(client, talker, UPSTREAM_PATHS[upstream], upstream) and self.rnd.random() < 0.7:
@@ -23419,30 +23441,50 @@ class SoakTalk:
             finally:
                 client.close()
 
+    def asked(self, talker: StoringClient) -> Tuple[str, bytes, Dict[str, str]]:
+        """(path, body, headers): fields and tools that upstream may refuse, a JSON array in place of events, gzip, a shared key."""
+        path, body = talker.ask()
+        if self.rnd.random() < 0.2:
+            body["foo"] = {"bar": 1}
+        if self.rnd.random() < 0.1:
+            body["tools"] += json.loads(json.dumps(body["tools"]).replace("get_weather", "bad"))
+        raw, headers = json.dumps(body).encode(), {"x-api-key": self.key if self.rnd.random() < 0.7 else CROWD_KEY}
+        if self.rnd.random() < 0.1:
+            raw, headers["Content-Encoding"] = gzip.compress(raw), "gzip"
+        return path.partition("?")[0] if self.rnd.random() < 0.5 else path, raw, {"Content-Type": JSON_TYPE, **headers}
+
     def turn(self, client: Client, talker: StoringClient, path: str, upstream: str) -> bool:
         """One request; whether its answer lets the conversation go on."""
         if self.rnd.random() < 0.25:
             self.probed.upstream.answer(path, self.rnd.choice(SOAK_FAULTS)(script(upstream)))
-        client.request("POST", *talker.ask())
+        asked, raw, headers = self.asked(talker)
+        client.request("POST", asked, raw, headers)
         if self.rnd.random() < 0.12:
             if self.rnd.random() < 0.5:
                 client.more()
             self.tally.add("left")
             return False
+        if self.rnd.random() < 0.02:
+            time.sleep(0.3)  # the answer waits in buffers, and upstream behind them
         answer = client.reply()
         complaint = self.complaint(talker, answer)
         if complaint:
-            self.tally.add("", f"{talker.dialect} client, {talker.model}, {'stream' if talker.stream else 'whole'}: {complaint}")
+            self.tally.add("", f"{talker.dialect} client, {talker.model}, {'stream' if talker.stream else 'whole'}: {complaint}: {answer.body[-300:]!r}")
             return False
         return self.taken(talker, answer)
 
     @staticmethod
     def complaint(talker: StoringClient, answer: Reply) -> str:
-        """What no client may be shown, "" for a legal answer or an honest failure."""
+        """What no client may be shown, "" for a legal answer or an honest failure. A JSON array becomes the events it stands for."""
         if not answer.whole:
             return "the body breaks off"
         if answer.status != 200:
-            return "" if 400 <= answer.status < 600 and answer.json["error"]["message"] else f"status {answer.status}: {answer.text[:200]}"
+            return "" if 400 <= answer.status < 600 and answer.json["error"]["message"] else f"status {answer.status}"
+        if talker.stream and talker.dialect == cp.GEMINI and answer.headers["content-type"] == JSON_TYPE:
+            try:
+                answer.body = b"".join(map(sse, answer.json))
+            except ValueError as exc:
+                return f"no JSON array: {exc}"
         return COMPLAINTS[talker.dialect](answer.body) if talker.stream else ""
 
     def taken(self, talker: StoringClient, answer: Reply) -> bool:
@@ -23451,18 +23493,53 @@ class SoakTalk:
             said = talker.take(answer) if answer.status == 200 else None
         except cp.UpstreamError:
             said = None  # the stream told of it
-        self.tally.add("failed" if said is None else "answered")
+        self.tally.add("failed" if said is None else "answered", status=str(answer.status))
         if said is not None:
             talker.answer_calls(said, "22 degrees")
         return said is not None
 
 
+class SoakWeather:
+    """What changes at upstream while clients talk: it restarts on its port, disowns tokens, refuses one thing or another."""
+
+    CALM: Json = {"fields_refused": (), "tools_refused": (), "efforts_listed": None, "output_capped": (), "betas_refused": (), "max_tokens_refused": True}
+    CLIMATES: Tuple[Json, ...] = ({}, {"fields_refused": ("foo.bar",)}, {"fields_refused": ("foo", "reasoning", "thinking")}, {"tools_refused": ("bad",)}, {"efforts_listed": ("low",)},
+                                  {"output_capped": (5000,)}, {"betas_refused": ("interleaved-thinking-2025-05-14",)}, {"max_tokens_refused": False})
+
+    def __init__(self, probed: Probed, seed: int) -> None:
+        self.probed, self.rnd = probed, random.Random(seed)
+
+    def run(self, until: float, every_s: float) -> None:
+        while time.monotonic() + 2 * every_s < until:
+            NEVER.wait(every_s)
+            self.rnd.choice((self.restart, self.disown, self.turn, self.turn))()
+
+    def turn(self) -> None:
+        """Other refusals than before."""
+        self.probed.upstream.switch(**{**self.CALM, **self.rnd.choice(self.CLIMATES)})
+
+    def disown(self) -> None:
+        """401 for every token of before."""
+        self.probed.upstream.revoke_tokens()
+
+    def restart(self) -> None:
+        """Connections are cut, then refused; the new process knows neither tokens nor signatures of the old one."""
+        before = self.probed.upstream
+        before.close()
+        NEVER.wait(self.rnd.choice((0, 0.05)))
+        self.probed.upstream = ScriptedUpstream(urlsplit(before.url).port)
+        self.probed.upstream.model = before.model
+        self.turn()
+
+
 def soak_model(dialect: str, body: Json, attempt: int) -> ModelAction:
-    """Thinks, calls a tool or speaks, at random; sometimes slowly."""
+    """Thinks, calls a tool or speaks, at random; sometimes slowly, seldom for long."""
     rnd = random
     speaks = rnd.random() < 0.6
-    return ModelAction(thinking="Let me see." if rnd.random() < 0.5 else None, text="It is sunny. " * rnd.randint(1, 40) if speaks else None,
-                       calls=[] if speaks else [OSLO] * rnd.randint(1, 2), stop="end" if speaks else "tool", gap_ms=rnd.choice((0, 0, 0, 2)), usage=(900, 60, 300))
+    words = rnd.randint(1, 40) if rnd.random() < 0.999 else 20000
+    return ModelAction(thinking="Let me see." if rnd.random() < 0.5 else None, text="It is sunny. " * words if speaks else None,
+                       calls=[] if speaks else [OSLO] * rnd.randint(1, 2), stop="end" if speaks else "tool", gap_ms=rnd.choice((0, 0, 0, 2)) if words < 50 else 0,
+                       usage=(900, 60, 300))
 
 
 def soak(minutes: float, minute_s: float = 60.0) -> int:
@@ -23470,20 +23547,23 @@ def soak(minutes: float, minute_s: float = 60.0) -> int:
     with Probed(SOAK_CONFIG) as probed:
         probed.upstream.model = soak_model
         found: List[Vitals] = []
-        tally, seeds = Tally(), itertools.count(1)
+        tally, seeds, told = Tally(), itertools.count(1), 0
         for minute in range(1, 1 + max(2, round(minutes))):
             until = time.monotonic() + minute_s
-            in_parallel(SOAK_CLIENTS, lambda: SoakTalk(probed, tally, next(seeds)).run(until))
+            acts = iter([partial(SoakTalk(probed, tally, next(seeds)).run, until) for _ in range(SOAK_CLIENTS)]
+                        + [partial(SoakWeather(probed, minute).run, until, minute_s / 12)])
+            in_parallel(SOAK_CLIENTS + 1, lambda: next(acts)())
             found.append(at_rest(probed))
-            print(f"minute {minute}: {found[-1]}, {tally}", flush=True)
+            print(f"minute {minute}: {found[-1]}, {tally}", *tally.illegal[told:], sep="\n    ", flush=True)
+            told = len(tally.illegal)
             probed.upstream.requests.clear()
             probed.upstream.attempts.clear()
+        wait_until(lambda: probed.counted() >= tally.total - tally.counts["left"])
         trouble = [line.strip() for line in probed.gateway.lines if "internal error" in line]
-    for text in tally.illegal[:20] + trouble[:20]:
-        print(text)
+        recorded = probed.counted()
     grown = growth(found[0], found[-1])
-    print("; ".join(grown) or "nothing has grown")
-    return 1 if grown or trouble or tally.illegal else 0
+    print(*trouble[:20], f"failures by status: {dict(tally.failures)}; {recorded} rows; {'; '.join(grown) or 'nothing has grown'}", sep="\n")
+    return 1 if grown or trouble or tally.illegal or recorded > tally.total else 0
 
 
 def at_rest(probed: Probed) -> Vitals:
