@@ -3733,9 +3733,6 @@ class ChatWriter:
         self._sealed = False
         self._usage: Optional[Usage] = None
         self._usage_asked = chat_asked_usage(asked)
-        self._actions: Dict[Any, Callable[[Any], None]] = {
-            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
@@ -3743,7 +3740,7 @@ class ChatWriter:
         if events and type(events[-1]) is Fault:  # what it closed is not whole
             events = [event for event in events if type(event) is not BlockStop]
         for event in events:
-            self._actions[type(event)](event)
+            self._actions[type(event)](self, event)
         return self._frames
 
     def _send(self, delta: Json, finish: Optional[str] = None, logprobs: Optional[Json] = None) -> None:
@@ -3830,6 +3827,10 @@ class ChatWriter:
         if opaque:
             self._sealed = True
             self._send({"reasoning_opaque": opaque})
+
+    _actions: Dict[Any, Callable[[Any, Any], None]] = {  # of the class: an object that held its own methods would be a ring
+        ReplyStart: _start, BlockStart: _block_start, BlockDelta: _delta, BlockStop: _block_stop,
+        ReplyStop: _stop, Fault: _fault, Pulse: lambda self, event: None, Used: lambda self, event: None}
 
 
 def chat_identity(reply_id: str, created: int, model: str) -> Json:
@@ -4722,24 +4723,6 @@ class ResponsesReader:
         self._spoken: Optional[Tuple[Tuple[int, int], ResponsesPart]] = None  # where the last event went, if it was a text's delta
         self._skeleton: Optional[Pattern[str]] = None  # see `responses_skeleton`
         self._learnings = 0
-        self._actions: Dict[Any, Callable[[Json], None]] = {
-            "response.created": self._start, "response.in_progress": self._start, "response.queued": self._start,
-            "response.output_item.added": self._added, "response.output_item.done": self._item_done,
-            "response.content_part.added": self._part_added, "response.content_part.done": self._part_done,
-            "response.output_text.delta": self._text_delta, "response.output_text.done": lambda event: self._last_words(event, "text", Text("")),
-            "response.output_text.annotation.added": self._annotation,
-            "response.refusal.delta": self._refusal_delta,
-            "response.refusal.done": lambda event: self._last_words(event, "refusal", Refusal("")),
-            "response.reasoning_summary_text.delta": lambda event: self._thought(event, "summary_index", name_in(event, "delta")),
-            "response.reasoning_summary_text.done": lambda event: self._whole_thought(event, "summary_index"),
-            "response.reasoning_text.delta": lambda event: self._thought(event, "content_index", name_in(event, "delta")),
-            "response.reasoning_text.done": lambda event: self._whole_thought(event, "content_index"),
-            "response.function_call_arguments.delta": self._call_delta,
-            "response.function_call_arguments.done": lambda event: self._whole_call(event, name_in(event, "arguments")),
-            "response.custom_tool_call_input.delta": self._call_delta,
-            "response.custom_tool_call_input.done": lambda event: self._whole_call(event, name_in(event, "input")),
-            "response.completed": self._terminal, "response.done": self._terminal, "response.incomplete": self._terminal,
-            "response.failed": self._terminal, "response.cancelled": self._terminal, "error": self._error}
 
     def read(self, frames: Iterable[Frame]) -> List[Event]:
         """The events of one batch of frames."""
@@ -4798,13 +4781,13 @@ class ResponsesReader:
         kind = event.get("type")
         action = self._actions.get(kind) if type(kind) is str else None
         if action is None and isinstance(event.get("error"), dict):
-            action = self._error
-        if self._held is not None and action != self._error:
+            action = ResponsesReader._error
+        if self._held is not None and action is not ResponsesReader._error:
             self._fail(self._held)
         elif action is None:
             self._events.append(Pulse())
         else:
-            action(event)
+            action(self, event)
         return self._events
 
     def end(self) -> List[Event]:
@@ -5051,6 +5034,25 @@ class ResponsesReader:
         if part is not None and text and not part.texts and isinstance(part.block, ToolCall):
             self._more(part, text)
 
+    _actions: Dict[Any, Callable[[Any, Json], None]] = {  # of the class: an object that held its own methods would be a ring
+        "response.created": _start, "response.in_progress": _start, "response.queued": _start,
+        "response.output_item.added": _added, "response.output_item.done": _item_done,
+        "response.content_part.added": _part_added, "response.content_part.done": _part_done,
+        "response.output_text.delta": _text_delta, "response.output_text.done": lambda self, event: self._last_words(event, "text", Text("")),
+        "response.output_text.annotation.added": _annotation,
+        "response.refusal.delta": _refusal_delta,
+        "response.refusal.done": lambda self, event: self._last_words(event, "refusal", Refusal("")),
+        "response.reasoning_summary_text.delta": lambda self, event: self._thought(event, "summary_index", name_in(event, "delta")),
+        "response.reasoning_summary_text.done": lambda self, event: self._whole_thought(event, "summary_index"),
+        "response.reasoning_text.delta": lambda self, event: self._thought(event, "content_index", name_in(event, "delta")),
+        "response.reasoning_text.done": lambda self, event: self._whole_thought(event, "content_index"),
+        "response.function_call_arguments.delta": _call_delta,
+        "response.function_call_arguments.done": lambda self, event: self._whole_call(event, name_in(event, "arguments")),
+        "response.custom_tool_call_input.delta": _call_delta,
+        "response.custom_tool_call_input.done": lambda self, event: self._whole_call(event, name_in(event, "input")),
+        "response.completed": _terminal, "response.done": _terminal, "response.incomplete": _terminal,
+        "response.failed": _terminal, "response.cancelled": _terminal, "error": _error}
+
 
 # ---- writing a stream -------------------------------------------------------
 
@@ -5114,15 +5116,12 @@ class ResponsesWriter:
         self._open: Dict[int, ResponsesBlock] = {}
         self._message: Optional[ResponsesItem] = None  # the message item that takes further parts
         self._usage: Optional[Usage] = None
-        self._actions: Dict[Any, Callable[[Any], None]] = {
-            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
         self._frames = []
         for event in self._uncut(events):
-            self._actions[type(event)](event)
+            self._actions[type(event)](self, event)
         return self._frames
 
     @staticmethod
@@ -5297,6 +5296,10 @@ class ResponsesWriter:
         if isinstance(block, ToolCall):
             wire["status"] = "completed"
         self._item_done(item, wire)
+
+    _actions: Dict[Any, Callable[[Any, Any], None]] = {  # of the class: an object that held its own methods would be a ring
+        ReplyStart: _start, BlockStart: _block_start, BlockDelta: _delta, BlockStop: _block_stop,
+        ReplyStop: _stop, Fault: _fault, Pulse: lambda self, event: None, Used: lambda self, event: None}
 
 
 class ResponsesCodec(Codec):
@@ -7425,15 +7428,12 @@ class GeminiWriter:
         self._citations: List[Tuple[Json, str, int]] = []
         self._logprobs: List[Any] = []
         self._usage: Optional[Usage] = None
-        self._actions: Dict[Any, Callable[[Any], None]] = {
-            ReplyStart: self._start, BlockStart: self._block_start, BlockDelta: self._delta, BlockStop: self._block_stop,
-            ReplyStop: self._stop, Fault: self._fault, Pulse: lambda event: None, Used: lambda event: None}
 
     def write(self, events: Sequence[Event]) -> List[Frame]:
         """The frames of one list of events."""
         self._frames = []
         for event in events:
-            self._actions[type(event)](event)
+            self._actions[type(event)](self, event)
         return self._frames
 
     def _start(self, event: ReplyStart) -> None:
@@ -7522,6 +7522,10 @@ class GeminiWriter:
             self._citations += [(note, block.text, self._said) for note in block.citations or () if name_in(note, "url")]
             self._logprobs += gemini_list((block.extra or {}).get("logprobs"))
         self._said += len(block.text.encode("utf-8", "surrogatepass"))
+
+    _actions: Dict[Any, Callable[[Any, Any], None]] = {  # of the class: an object that held its own methods would be a ring
+        ReplyStart: _start, BlockStart: _block_start, BlockDelta: _delta, BlockStop: _block_stop,
+        ReplyStop: _stop, Fault: _fault, Pulse: lambda self, event: None, Used: lambda self, event: None}
 
 
 class GeminiCodec(Codec):
@@ -12298,7 +12302,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self.stopped = False
-        self._error: Exception = ClientGone()
+        self._error: Optional[Exception] = None  # none: the client is gone
         self._lock = threading.Lock()
         self._sock: Optional[socket.socket] = None  # guarded by _lock
         self._waiter: Optional[threading.Event] = None  # made by the first wait; guarded by _lock
@@ -12330,9 +12334,10 @@ class Stopper:
                     pass  # already closed by the far end
 
     def check(self) -> None:
-        """Raises when the switch was thrown."""
+        """Raises when the switch was thrown. An error that was kept would hold its frames, and they this object: such a
+        ring, with the whole request in it, waits for the collector."""
         if self.stopped:
-            raise self._error
+            raise self._error or ClientGone()
 
     def wait(self, seconds: float) -> None:
         """Waits, or raises as soon as the switch is thrown."""

@@ -38,6 +38,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import gc
 import gettext
 import glob
 import gzip
@@ -15431,8 +15432,8 @@ class KeptAlive(unittest.TestCase):
         cp.probe_when_silent(types.SimpleNamespace(setsockopt=refuse))
 
 
-class ClientsThatLeave(RelayCase):
-    """A client that goes away ends its upstream within a second, wherever the request stands."""
+class LeavingCase(RelayCase):
+    """Clients that go away."""
 
     config = {"streams": {"keepAliveSeconds": 0.2, "statusHoldSeconds": 0.2, "retryWaitSeconds": 60}}
 
@@ -15447,6 +15448,10 @@ class ClientsThatLeave(RelayCase):
         if reset:
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
+
+
+class ClientsThatLeave(LeavingCase):
+    """A client that goes away ends its upstream within a second, wherever the request stands."""
 
     def gone_row(self) -> Json:
         wait_until(lambda: self.gateway.rows(), SOON_S)
@@ -15510,6 +15515,54 @@ class ClientsThatLeave(RelayCase):
         self.gateway.rows()
         last: List[Any] = []
         wait_until(lambda: (last.append(counts()), time.sleep(0.03), len(last) > 3 and len(set(last[-3:])) == 1)[2])
+
+
+class NothingWaitsForTheCollector(LeavingCase):
+    """What a request used is freed when it ends: rings of objects would hold whole conversations until a full collection."""
+
+    def rings(self, act: Callable[[], None]) -> List[str]:
+        """The kinds of our objects that only the collector could free after an act."""
+        act()  # whatever is made once is made
+        gc.collect()
+        gc.disable()
+        try:
+            act()
+            wait_until(lambda: not self.gateway.app.running)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            return sorted({type(thing).__name__ for thing in gc.garbage if type(thing).__module__ == cp.__name__})
+        finally:
+            gc.set_debug(0)
+            gc.enable()
+            gc.garbage.clear()
+
+    def converse(self) -> None:
+        for dialect, model, streamed in itertools.product(CLIENT_DIALECTS, MODEL_OF.values(), (False, True)):
+            talker = StoringClient(dialect, model, streamed)
+            talker.say("hi")
+            self.assertEqual(200, self.post(*talker.ask()).status)
+
+    def test_whole_answers_and_streams_on_every_road(self):
+        self.assertEqual([], self.rings(self.converse))
+
+    def go_wrong(self) -> None:
+        frames = script(cp.CHAT)
+        for step in (reply(500, "x"), reply(400, "x"), reply(429, "x"), close_before_head(), stream(*frames[:3], end="cut"), stream(*frames[:-2])):
+            for request in (streaming(cp.CHAT), streaming(cp.MESSAGES, model="gpt-4o")):
+                self.upstream.answer(CHAT_PATH, step)
+                self.post(*request)
+
+    def test_failures(self):
+        self.assertEqual([], self.rings(self.go_wrong))
+
+    def visit(self) -> None:
+        frames, forever = script(cp.CHAT), threading.Event()
+        for step, request in itertools.product((hang(forever), stream(*frames[:3], forever), reply(429, "x", {"retry-after": "30"})), (streaming(cp.CHAT), asking(cp.CHAT))):
+            self.upstream.answer(CHAT_PATH, step)
+            self.leave(*request)
+
+    def test_clients_that_leave(self):
+        self.assertEqual([], self.rings(self.visit))
 
 
 class SlowReaders(RelayCase):
