@@ -23596,7 +23596,8 @@ def soak_model(dialect: str, body: Json, attempt: int) -> ModelAction:
 
 
 def soak(minutes: float, minute_s: float = 60.0) -> int:
-    """Prints a line per minute; 0 when the gateway ends as it was after the first, and no client saw anything illegal."""
+    """Prints a line per minute; 0 when the gateway ends as it was in the beginning, every request has its row, and no client saw
+    anything illegal."""
     with Probed(SOAK_CONFIG) as probed:
         probed.upstream.model = soak_model
         found: List[Vitals] = []
@@ -23614,7 +23615,7 @@ def soak(minutes: float, minute_s: float = 60.0) -> int:
         wait_until(lambda: probed.counted() >= tally.total - tally.counts["left"])
         trouble = [line.strip() for line in probed.gateway.lines if "internal error" in line]
         recorded = probed.counted()
-    grown = growth(found[0], found[-1])
+    grown = growth(beginning(found), found[-1])
     print(*trouble[:20], f"failures by status: {dict(tally.failures)}; {recorded} rows; {'; '.join(grown) or 'nothing has grown'}", sep="\n")
     return 1 if grown or trouble or tally.illegal or recorded > tally.total else 0
 
@@ -23627,6 +23628,12 @@ def at_rest(probed: Probed) -> Vitals:
         time.sleep(0.1)
         seen.append(probed.vitals())
     return seen[-1]
+
+
+def beginning(found: Sequence[Vitals]) -> Vitals:
+    """The first minute; RSS is the highest of the first sixth: each of malloc's arenas keeps the largest body it has seen, and
+    some minutes pass until all have seen one (30 minutes: 59.8 MB, then between 66.6 and 71.7 from the second to the seventh)."""
+    return found[0]._replace(rss_mb=max(one.rss_mb for one in found[:max(1, len(found) // 6)]))
 
 
 def growth(first: Vitals, last: Vitals) -> List[str]:
@@ -23645,6 +23652,8 @@ class SoakingWorks(unittest.TestCase):
         self.assertRegex(printed.getvalue(), r"minute 2: RSS \d+\.\d MB, \d+ threads, \d+ descriptors, [1-9]\d* requests: [1-9]")
 
     def test_growth_is_told(self):
+        self.assertEqual(Vitals(44, 5, 20), beginning([Vitals(40, 5, 20), Vitals(44, 7, 30), *[Vitals(50, 5, 20)] * 10]))
+        self.assertEqual(Vitals(40, 5, 20), beginning([Vitals(40, 5, 20), Vitals(44, 7, 30)]))
         first = Vitals(40, 5, 20)
         self.assertEqual([], growth(first, Vitals(46.9, 6, 20 + SOAK_CLIENTS)))
         for last in (Vitals(47.1, 5, 20), Vitals(40, 7, 20), Vitals(40, 5, 21 + SOAK_CLIENTS)):
