@@ -16826,17 +16826,18 @@ class PlainAnswer(Value):
 
 
 class ClientReader:
-    """Reads requests from one client socket; what follows a body stays for the next request. `idle`: nothing of one is here."""
+    """Reads requests from one client socket; what follows a body stays for the next request."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._conn = Conn(sock, ("", "client", ""))
         self._rest = b""
-        self.idle = True
+        self.idle = True  # nothing of a request is here
+        self.unread = True  # it is not here whole
 
     def head(self, settings: Settings) -> Optional[bytes]:
         """The next head without its empty line; None when the client closed or stayed idle; raises ClientError."""
         data = self._rest.lstrip(b"\r\n")
-        self.idle = not data
+        self.idle, self.unread = not data, True
         limit = settings["limits.headerBytes"]
         deadline = time.monotonic() + settings["limits.headerSeconds"] if data else None
         while True:
@@ -17299,13 +17300,12 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             self.server.handlers.discard(self)
 
-    def dismiss(self) -> None:
-        """Ends the connection if nothing of a request has arrived: it reads the end of its socket."""
-        if self.reader.idle:
-            try:
-                self.request.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass  # the client was quicker
+    def hang_up(self) -> None:
+        """Lets the connection read the end of its socket, as if the client had left."""
+        try:
+            self.request.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the client was quicker
 
     def _next(self, reader: ClientReader) -> bool:
         """Serves the next request; False when the connection ends."""
@@ -17358,7 +17358,6 @@ class _Call:
         self.given: List[str] = []  # keys, wherever they stood
         self.route = UNKNOWN_ROUTE
         self.keep = False
-        self.unread = True  # the body has not been taken off the socket
         self.lingers = False  # it was refused unread
         self.name = ""  # what the route's `*` stands for
         self.crowded = False
@@ -17514,7 +17513,7 @@ class _Call:
     def _body(self) -> bytes:
         """The decoded body; a client that waits for it is told to go on first."""
         if "transfer-encoding" not in self.headers and "content-length" not in self.headers:
-            self.unread = False
+            self.reader.unread = False
             return b""
         limit = self.settings["limits.bodyBytes"]
         if (content_length(self.headers) or 0) > limit:
@@ -17522,7 +17521,7 @@ class _Call:
         if self.headers.get("expect", "").lower() == "100-continue":
             self._raw(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.reader.body(self.headers, self.settings)
-        self.unread = False
+        self.reader.unread = False
         self.exchange.request_bytes = len(body)
         coding = self.headers.get("content-encoding", "")
         return decode_content(body, coding, limit) if coding else body
@@ -17562,7 +17561,7 @@ class _Call:
         request_id = self.exchange.failure.request_id or self.exchange.trace_id
         headers = [*error_headers(error), ("x-request-id", request_id), ("request-id", request_id)]
         # without headers the head itself was not understood: anything may follow
-        due = self.unread and (not self.headers or "transfer-encoding" in self.headers or "content-length" in self.headers)
+        due = self.reader.unread and (not self.headers or "transfer-encoding" in self.headers or "content-length" in self.headers)
         if due and self.keep:
             self.keep = False
             self.base_headers = [*self.base_headers, ("Connection", "close")]
@@ -17658,7 +17657,14 @@ class Server(ThreadingHTTPServer):
         """Sends idle clients away; the others leave when their request has its answer."""
         self.app.stopping = True
         for handler in list(self.handlers):
-            handler.dismiss()
+            if handler.reader.idle:
+                handler.hang_up()
+
+    def give_up(self) -> None:
+        """Waits no longer for requests that have not arrived whole."""
+        for handler in list(self.handlers):
+            if handler.reader.unread:
+                handler.hang_up()
 
     def is_crowded(self) -> bool:
         """Whether more clients are connected than `limits.connections`."""
@@ -17961,6 +17967,7 @@ def run_start(setup: Setup, options: Any) -> int:
         server.server_close()
         server.dismiss()
         finish_running(app, signals)
+        server.give_up()
         stop_parts(app)
     return EXIT_OK
 
