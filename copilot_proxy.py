@@ -13429,6 +13429,7 @@ class SingleFlight:
     """Lets one caller do the work and gives its result to all who ask meanwhile; no lock is held while it works.
 
     Work that requests wait for has a thread of its own: the client of the first may leave, the others still need it.
+    No frame that an error of the work has passed may lead back to it: the ring would hold every request that waited.
     """
 
     def __init__(self) -> None:
@@ -13442,7 +13443,10 @@ class SingleFlight:
             self._running = flight
         if first and not (stopper and self._has_left(flight, work)):
             self._fly(flight, work)
-        return flight.join(stopper)
+        try:
+            return flight.join(stopper)
+        finally:
+            del flight
 
     def _has_left(self, flight: _Flight, work: Callable[[], Any]) -> bool:
         """Starts the work in a thread of its own; False where the system gives no more threads."""
@@ -13462,6 +13466,7 @@ class SingleFlight:
             with self._lock:
                 self._running = None
             flight.done.set()
+            del flight
 
 
 class _Flight:
@@ -13472,9 +13477,12 @@ class _Flight:
 
     def join(self, stopper: Optional[Stopper]) -> Any:
         wait_for(self.done, None, stopper)
-        if self.error is not None:
-            raise self.error
-        return self.result
+        try:
+            if self.error is not None:
+                raise self.error
+            return self.result
+        finally:
+            del self
 
 
 def wait_for(event: threading.Event, seconds: Optional[float], stopper: Optional[Stopper]) -> bool:
@@ -13762,7 +13770,10 @@ class Accounts:
             failure = exchange_error(status, headers, body)
             if status < 500:
                 break
-        raise failure or ExchangeError("the token exchange was not tried", "later", 503)
+        try:
+            raise failure or ExchangeError("the token exchange was not tried", "later", 503)
+        finally:
+            failure = None  # see SingleFlight
 
     @staticmethod
     def _token_document(body: bytes) -> Json:

@@ -15559,6 +15559,25 @@ class NothingWaitsForTheCollector(LeavingCase):
     def test_failures(self):
         self.assertEqual([], self.rings(self.go_wrong))
 
+    def be_refused(self) -> None:
+        self.gateway.app.gateway._lessons = cp.Lessons()
+        for path, body in ((ASK[cp.CHAT][0], b"{"), asking(cp.MESSAGES, messages=7), asking(cp.CHAT, model="nobody-knows-it"), asking(cp.MESSAGES, foo=1),
+                           (COUNT_ROUTE, COUNTED), ("/v1/embeddings", {"model": "text-embedding-3-small", "input": [1, 2]}), ("/v1/nowhere", {})):
+            self.post(path, body)
+
+    def test_refusals_of_ours_mends_and_counts(self):
+        self.upstream.switch(fields_refused=("foo",))
+        self.assertEqual([], self.rings(self.be_refused))
+
+    def lack_a_token(self) -> None:
+        self.gateway.app.accounts.active.copilot.received_at -= 86400
+        for request in (streaming(cp.CHAT), asking(cp.MESSAGES, model="gpt-4o")):
+            self.assertEqual(503, self.post(*request).status)
+
+    def test_a_failed_exchange(self):
+        self.upstream.switch(exchange_failure="unicorn")
+        self.assertEqual([], self.rings(self.lack_a_token))
+
     def visit(self) -> None:
         frames, forever = script(cp.CHAT), threading.Event()
         for step, request in itertools.product((hang(forever), stream(*frames[:3], forever), reply(429, "x", {"retry-after": "30"})), (streaming(cp.CHAT), asking(cp.CHAT))):
