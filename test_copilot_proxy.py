@@ -23489,7 +23489,8 @@ class Tally:
                 self.illegal.append(complaint)
             else:
                 self.counts[kind] += 1
-                self.failures[status] += kind == "failed"
+            if kind == "failed":
+                self.failures[status] += 1
 
     @property
     def total(self) -> int:
