@@ -12514,7 +12514,7 @@ class ReadPieces(unittest.TestCase):
             self.far.sendall(data)
             got = self.conn.read_next(5)
             sizes.append((len(got) == len(data), self.conn._size))
-        small, large = (True, cp.Conn.SMALL_READ), (True, cp.READ_BYTES)
+        small, large = (True, cp.SMALL_READ), (True, cp.READ_BYTES)
         self.assertEqual([small, large, large, large, large, small], sizes)
 
     def test_silence_is_told_with_its_length_and_another_time_counts_at_once(self):
@@ -12534,7 +12534,7 @@ class ReadPieces(unittest.TestCase):
         self.assertLess(time.monotonic() - begun, 10)
 
     def test_a_connection_that_breaks_is_said(self):
-        with mock.patch.object(self.conn, "sock", mock.Mock(recv=mock.Mock(side_effect=ConnectionResetError(errno.ECONNRESET, "reset")))):
+        with mock.patch.object(self.conn, "sock", mock.Mock(recv_into=mock.Mock(side_effect=ConnectionResetError(errno.ECONNRESET, "reset")))):
             with self.assertRaisesRegex(cp.TransportError, "connection to upstream broke: reset") as caught:
                 self.conn.read_next(5)
         self.assertFalse(caught.exception.timed_out)
