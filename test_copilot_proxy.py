@@ -18205,6 +18205,24 @@ class NoSecrets(RelayCase):
         wait_until(logged, SOON_S)
 
 
+class OneHeap(unittest.TestCase):
+    """Threads share one heap where the C library can be told so."""
+
+    def test_glibc_is_told(self):
+        with mock.patch("sys.platform", "linux"), mock.patch("ctypes.CDLL") as library:
+            cp.share_one_heap()
+        library.return_value.mallopt.assert_called_once_with(-8, 1)
+
+    def test_other_systems_and_libraries_start_all_the_same(self):
+        with mock.patch("sys.platform", "linux"):
+            for broken in (mock.Mock(side_effect=OSError), mock.Mock(return_value=object())):
+                with mock.patch("ctypes.CDLL", broken):
+                    cp.share_one_heap()
+        with mock.patch("sys.platform", "darwin"), mock.patch("ctypes.CDLL") as library:
+            cp.share_one_heap()
+        library.assert_not_called()
+
+
 class Crowds(RelayCase):
     """Many at once."""
 
