@@ -1182,7 +1182,7 @@ def _parse(raw: bytes, decode: Callable[[str], Any]) -> Tuple[Any, str]:
 LARGE_BODY = 1 << 16
 CONVERSATION = frozenset(("messages", "input", "system", "instructions", "tools"))
 OBJECT_OPENS = re.compile(r"[ \t\n\r]*\{")
-MEMBER_OPENS = re.compile(r'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
+MEMBER_OPENS = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 MEMBER_ENDS = re.compile(r"[ \t\n\r]*([,}])")
 
 

@@ -3777,7 +3777,7 @@ class LargeBodies(unittest.TestCase):
             raw = self.written(value, chance)
             if chance.random() < 0.3:
                 cut = chance.randrange(len(raw) + 1)
-                raw = raw[:cut] + chance.choice((b"", b",", b"}", b"\xff", b"NaN", b'"', b"1e999")) + raw[cut + chance.randrange(3):]
+                raw = raw[:cut] + chance.choice((b"", b",", b"}", b"\xff", b"NaN", b'"', b"1e999", b"\n")) + raw[cut + chance.randrange(3):]
             if chance.random() < 0.1:
                 raw = b"\xef\xbb\xbf" + raw
             outcomes = []
