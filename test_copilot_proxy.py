@@ -16863,6 +16863,14 @@ class ServerCounting(ServerCase):
         body = self.upstream.seen("/count_tokens")[-1].body
         self.assertEqual((body["model"], "max_tokens" in body, "stream" in body), ("claude-opus-4.6", False, False))
 
+    def test_a_large_conversation_is_counted_as_it_came(self):
+        said = '[ {"role":"user","content":"%s \\u00fc"} ]' % ("word " * 20000)
+        raw = '{"model":"claude-opus-4-6","max_tokens" : 9,"messages":%s}' % said
+        self.upstream.answer(COUNT_PATH, reply(200, {"input_tokens": 4242}))
+        self.assertEqual({"input_tokens": 4242}, self.ask("POST", COUNT_ROUTE, raw.encode()).json)
+        seen = self.upstream.seen("/count_tokens")[-1]
+        self.assertEqual(({"model", "messages"}, True), (set(seen.body), said.encode() in seen.raw))
+
     def test_a_failing_count_is_asked_once_and_estimated(self):
         for step in (reply(500, "x"), reply(503, "x"), reply(400, "x"), reply(200, {"input_tokens": 7}, cut=True), reply(200, "no json"), reply(200, {"input_tokens": "many"})):
             with self.subTest(status=step.status, end=step.end):
