@@ -18006,10 +18006,11 @@ def rewrite(setup):
         cp.write_json(setup.paths.config, setup.file.read())
         cp.write_private(setup.paths.token, setup.env["COPILOT_API_GITHUB_TOKEN"])
 
-def gateway(port):
-    setup = cp.Setup(dict(os.environ), {"port": port})
+def gateway(where):
+    setup = cp.Setup(dict(os.environ), {"port": 0})
     setup.prepare()
-    server = cp.Server("127.0.0.1", port)
+    server = cp.Server("127.0.0.1", 0)
+    cp.write_private(where, str(server.server_address[1]))
     server.app = cp.compose(setup, None, 0.001)
     cp.start_parts(server.app)
     threading.Thread(target=rewrite, args=(setup,), daemon=True).start()
@@ -18019,7 +18020,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         try:
-            gateway(int(line))
+            gateway(line.strip())
         finally:
             os._exit(1)
     print(child, flush=True)
@@ -18040,21 +18041,21 @@ for line in sys.stdin:
         self.addCleanup(self.nursery.wait)
         self.addCleanup(self.nursery.stdin.close)
 
-    def gateway(self) -> Tuple[int, int]:
-        """(process, port) of a gateway that is starting."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        self.nursery.stdin.write(f"{port}\n")
+    def gateway(self) -> Tuple[int, Path]:
+        """(process, where it writes its port) of a gateway that is starting."""
+        where = Path(tempfile.mkdtemp(prefix="copilot-proxy-port-"), "port")
+        self.addCleanup(shutil.rmtree, where.parent, True)
+        self.nursery.stdin.write(f"{where}\n")
         self.nursery.stdin.flush()
-        return int(self.nursery.stdout.readline()), port
+        return int(self.nursery.stdout.readline()), where
 
-    def use(self, port: int, answers: int) -> None:
+    def use(self, where: Path, answers: int) -> None:
         """Asks until so many answers have come; the gateway may still be starting."""
         client: List[Client] = []
 
         def connected() -> bool:
             try:
-                client.append(Client(port, 5))
+                client.append(Client(int(where.read_text()), 5))
             except OSError:
                 return False
             return True
@@ -18090,9 +18091,9 @@ for line in sys.stdin:
     def test_kill_9_at_any_moment(self):
         rnd = random.Random(20261125)
         for turn in range(self.turns):
-            process, port = self.gateway()
+            process, where = self.gateway()
             if turn % 2:
-                self.use(port, rnd.randint(1, 8))
+                self.use(where, rnd.randint(1, 8))
             time.sleep(rnd.uniform(0, 0.06))
             before = self.committed()
             self.kill(process)
