@@ -724,6 +724,7 @@ class Failure(Value):
     resets_at: Optional[float] = None
     overflow: Optional[Tuple[int, int]] = None  # tokens sent, tokens allowed
     transient: bool = False  # the same request may pass in a moment
+    lasting: bool = False  # it asks for a longer wait than the operator allows
     renew: bool = False  # a fresh Copilot token (and host) may cure it
     request_id: Optional[str] = None
     headers: Tuple[Tuple[str, str], ...] = ()  # of upstream's answer, those that are relayed
@@ -1056,7 +1057,7 @@ ADVICE = (
 
 def is_long(failure: Failure) -> bool:
     """Whether a limit lasts so long that nobody should wait for its end."""
-    return failure.kind in LIMITS and (failure.wait_s or 0) >= LONG_WAIT_S
+    return failure.kind in LIMITS and (failure.lasting or (failure.wait_s or 0) >= LONG_WAIT_S)
 
 
 def advised(failure: Failure) -> str:
@@ -15691,6 +15692,7 @@ class Sender:
         policy = RetryPolicy(settings["maxConnectionRetries"], settings["streams.retryWaitSeconds"], self._unit_s)
         delay = policy.delay(failure, repeats)
         if delay is None:
+            failure.lasting = failure.wait_s is not None and failure.wait_s > policy.wait_limit_s > 0
             return False
         self._log.debug(f"an attempt failed ({failure.status} {failure.kind}); again in {delay:g} s")
         stopper.wait(delay)
