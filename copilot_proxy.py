@@ -13000,7 +13000,7 @@ class ClientLine:
         self.started_at = self.sent_at = clock()
         self.bytes_out = 0
         self.keep_alive = b""  # none: a whole answer, nothing may be sent early
-        self.early_head = b""
+        self.early_head: Callable[[], bytes] = bytes
         self.ending: Optional[Callable[[Failure], bytes]] = None  # what ends the stream when it fails
         self.chunked = chunked
         self.captured: Optional[bytearray] = None  # the body as sent, unframed, where logs want it
@@ -13014,7 +13014,7 @@ class ClientLine:
             self.keep_alive = b"" if not self.opened else self.keep_alive
             return self.opened
 
-    def may_open_early(self, head: bytes, keep_alive: bytes) -> None:
+    def may_open_early(self, head: Callable[[], bytes], keep_alive: bytes) -> None:
         """Lets the watch commit the status line with this head when upstream stays silent."""
         self.early_head, self.keep_alive = head, keep_alive
 
@@ -13091,7 +13091,7 @@ class ClientLine:
             self._lock.release()
 
     def _nudge(self, now: float) -> None:
-        data = self._owed or (b"" if self.opened else self.early_head) + self._framed(self.keep_alive)
+        data = self._owed or (b"" if self.opened else self.early_head()) + self._framed(self.keep_alive)
         self.opened = True
         self.sent_at = now
         try:
@@ -15741,6 +15741,10 @@ class Road:
         """Headers of the streamed answer."""
         return stream_headers(self.plan, self.inbound, upstream, self.line)
 
+    def early_head(self) -> bytes:
+        """The head of a streamed answer that opens before upstream's is known."""
+        return answer_head(200, self.stream_headers({}))
+
     def stream(self, answer: Answer) -> None:
         raise NotImplementedError
 
@@ -15775,7 +15779,7 @@ class Road:
         if exchange.first_byte_ms is None:
             exchange.first_byte_ms = elapsed_ms(exchange)
         self.watch.remove(self.line)
-        self.line.finish(data, answer_head(200, self.stream_headers(answer.headers)))
+        self.line.finish(data, b"" if self.relayed else answer_head(200, self.stream_headers(answer.headers)))
         if failure is None:
             answer.drain(DRAIN_S)
 
@@ -16279,7 +16283,7 @@ class Gateway:
                 road = PassThroughRoad(plan, quirks, inbound, line, exchange, self._watch)
             wire = self._shape(plan, body, inbound, quirks)
         if plan.stream:
-            line.may_open_early(answer_head(200, road.stream_headers({})), CODECS[plan.dialect].keep_alive)
+            line.may_open_early(road.early_head, CODECS[plan.dialect].keep_alive)
             line.ending = road.ending
         return Turn(request, plan, wire, road, taught)
 

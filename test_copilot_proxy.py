@@ -12428,7 +12428,7 @@ class HeldLines(LineCase):
             keep_alive_s, hold_s, self.now = rnd.uniform(0.05, 30), rnd.uniform(0.05, 30), 0.0
             step = min(1.0, keep_alive_s / 10, hold_s / 10)  # DESIGN 6: the scan's own step
             self.line = cp.ClientLine(self.line.sock, False, lambda: self.now)
-            self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+            self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
             at, sent = rnd.uniform(0, step), [0.0]
             while len(sent) < 8:
                 if self.tick(at, keep_alive_s, hold_s):
@@ -12438,30 +12438,30 @@ class HeldLines(LineCase):
             self.assertTrue(gaps[0] <= hold_s and max(gaps[1:]) <= keep_alive_s, f"seed {seed}: {gaps}")
 
     def test_the_head_goes_out_once_with_the_first_keep_alive(self):
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         self.assertEqual([b"", b"HEAD" + self.KEEP_ALIVE, self.KEEP_ALIVE], [self.tick(now) for now in (8.0, 9.5, 19.0)])
 
     def test_a_whole_answer_is_never_begun_early(self):
         self.assertEqual(b"", self.tick(1000.0))
 
     def test_a_settled_line_stays_unopened(self):
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         self.assertEqual((False, b""), (self.line.settle(), self.tick(1000.0)))
 
     def test_nothing_follows_the_end(self):
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         self.line.finish(b"data: x\n\n", b"HEAD")
         self.received()
         self.assertEqual(b"", self.tick(1000.0))
 
     def test_a_line_being_written_is_left_alone(self):
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         with self.line._lock:
             self.assertEqual(b"", self.tick(1000.0))
 
     def test_what_the_kernel_did_not_take_of_a_keep_alive_comes_before_anything_else(self):
         filler = b"x" * 65536
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         self.line.send_first(b"HEAD", b"")
         self.line.sock.setblocking(False)
         try:
@@ -12478,7 +12478,7 @@ class HeldLines(LineCase):
         self.assertEqual(b"HEAD" + self.KEEP_ALIVE + b"data: last\n\n", data.replace(b"x", b""))
 
     def test_a_client_that_left_stops_the_upstream_side(self):
-        self.line.may_open_early(b"HEAD", self.KEEP_ALIVE)
+        self.line.may_open_early(lambda: b"HEAD", self.KEEP_ALIVE)
         self.far.close()
         self.line.tick(1000.0, 10.0, 10.0)
         self.line.tick(2000.0, 10.0, 10.0)
