@@ -9382,7 +9382,7 @@ class ItemIds(FrameEdit):
         self._spelled = b'"item_id":""'  # with the pin of the newest
 
     def touches(self, frames: bytes) -> bool:
-        return frames.count(self._spelled) != frames.count(b"\ndata: ") + frames.startswith(b"data: ")
+        return frames.count(self._spelled) != frames.count(b"\ndata:") + frames.startswith(b"data:")
 
     def edit(self, frame: bytes) -> bytes:
         found = ITEM_ID.search(frame)
@@ -9578,6 +9578,9 @@ def edit_request(body: Json, plan: Plan, quirks: Sequence[Quirk]) -> bool:
     return len(plan.edits) > before
 
 
+CHOICE_GAPS = (b'"finish_reason"', b'"index"')  # what `ChunkFields` fills beside a delta
+
+
 class FrameForm:
     """What stands around the delta of most frames of a stream, before and after the edits.
 
@@ -9585,19 +9588,25 @@ class FrameForm:
     (0.2 µs a frame at full speed) and edited by two replacements.
     """
 
-    __slots__ = ("head", "tail", "seam", "around", "new_head", "new_tail")
+    __slots__ = ("head", "tail", "seam", "around", "new_head", "new_tail", "filled")
 
     def __init__(self, old: Tuple[bytes, bytes], new: Tuple[bytes, bytes]) -> None:
         self.head, self.tail = old
         self.seam = self.tail + self.head
         self.around = self.head + self.tail
         self.new_head, self.new_tail = new
+        self.filled = [name for name in CHOICE_GAPS if name in b"".join(new) and name not in self.around]
 
     def fits(self, frames: bytes) -> bool:
         """Whether all frames are of this form: each blank line inside is one where a tail meets a head. Both hold bare
         quotes, so neither stands inside a text."""
         return (frames.startswith(self.head) and frames.endswith(self.tail) and len(frames) >= len(self.around)
-                and frames.count(self.seam) == frames.count(b"\n\n") - 1 and b"\r" not in frames)
+                and frames.count(self.seam) == frames.count(b"\n\n") - 1 and b"\r" not in frames
+                and (not self.filled or self._lack(frames)))
+
+    def _lack(self, frames: bytes) -> bool:
+        """Whether these frames, too, lack what the edits filled in: behind the delta one may have it, or another choice."""
+        return frames.count(b'"delta"') == frames.count(b"\n\n") and not any([name in frames for name in self.filled])
 
     def edited(self, frames: bytes) -> bytes:
         """Frames of this form in the new one."""
