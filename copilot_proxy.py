@@ -12360,7 +12360,8 @@ class Stopper:
 
 
 SMALL_READ = 2048  # bytes; an event that comes alone is smaller
-HAS_READ_CLOCK = os.name == "posix" and hasattr(socket, "SO_RCVTIMEO") and hasattr(select, "poll")
+# Where a C long has 32 bits, the C library decides what form a time has that is told to a socket.
+HAS_READ_CLOCK = os.name == "posix" and hasattr(socket, "SO_RCVTIMEO") and hasattr(select, "poll") and struct.calcsize("l") == 8
 
 
 class Conn:
@@ -12419,8 +12420,8 @@ class Conn:
             else:  # what `recv` shrinks leaves holes: 7 KB a stream, where this leaves none
                 places = bytearray(SMALL_READ)
                 data = bytes(places[:self.sock.recv_into(places)])
-                if len(data) == SMALL_READ and self._poll.poll(0):
-                    data += self.sock.recv(READ_BYTES)
+                if len(data) == SMALL_READ and [event for _, event in self._poll.poll(0)] == [select.POLLIN]:
+                    data += self.sock.recv(READ_BYTES)  # of a connection that broke, this would raise, and `data` be lost
             self._size = SMALL_READ if len(data) < SMALL_READ else READ_BYTES
             return data
         except BlockingIOError as exc:
@@ -12741,15 +12742,17 @@ class PooledHandler(urllib.request.BaseHandler):
             conn.sock.sendall(head + body)  # fits into the kernel's buffer
             return
         conn.sock.settimeout(request.head_timeout_s)
-        conn.sock.sendall(head if len(body) > JOIN_BYTES else head + body)
-        if len(body) > JOIN_BYTES:
-            conn.sock.sendall(body)
-        conn.sock.settimeout(None)
+        try:
+            conn.sock.sendall(head if len(body) > JOIN_BYTES else head + body)
+            if len(body) > JOIN_BYTES:
+                conn.sock.sendall(body)
+        finally:
+            conn.sock.settimeout(None)  # an answer that refuses the body is read by the clocks of every answer
 
     def _receive(self, request: Outbound, conn: Conn) -> Answer:
         """Waits for the head; 1xx answers are skipped."""
         deadline = self._clock() + request.head_timeout_s
-        data = b""
+        data = self._more(request, conn, partial(conn.read_next, request.head_timeout_s), b"")
         while True:
             end = data.find(b"\r\n\r\n")
             if end >= 0:
@@ -12760,7 +12763,7 @@ class PooledHandler(urllib.request.BaseHandler):
                 continue
             if len(data) > READ_BYTES:
                 raise TransportError(f"{conn.key[1]} sent a head without end")
-            data += self._more(request, conn, deadline, data)
+            data += self._more(request, conn, partial(conn.read, max(0.0, deadline - self._clock())), data)
         if not STATUS_LINE.match(data):
             raise TransportError(f"{conn.key[1]} did not answer in HTTP")
         try:
@@ -12768,9 +12771,10 @@ class PooledHandler(urllib.request.BaseHandler):
         except BadHead as exc:
             raise TransportError(f"{conn.key[1]} sent a bad head: {exc}") from exc
 
-    def _more(self, request: Outbound, conn: Conn, deadline: float, received: bytes) -> bytes:
+    @staticmethod
+    def _more(request: Outbound, conn: Conn, read: Callable[[], bytes], received: bytes) -> bytes:
         try:
-            data = conn.read(max(0.0, deadline - self._clock())) if received else conn.read_next(request.head_timeout_s)
+            data = read()
         except TransportError as exc:
             request.stopper.check()
             if exc.timed_out:

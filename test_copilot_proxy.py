@@ -12257,6 +12257,23 @@ class StallClocks(DoorCase):
                 error = self.silent({"headersTimeoutMs": 40}, (begun, True))
                 self.assertEqual((True, True), (error.timed_out, "0.04 s" in str(error)))
 
+    def test_answers_on_the_way_do_not_wind_the_clock_of_the_head(self):
+        now, waits, pieces = [0.0], [], iter([b"HTTP/1.1 102 Processing\r\n\r\n"] * 2 + [GREETING])
+
+        def read(timeout_s: float) -> bytes:
+            waits.append(timeout_s)
+            now[0] += 3
+            return next(pieces)
+        request = cp.Outbound("GET", "http://127.0.0.1/", [], None, cp.Stopper(), 10, 10)
+        cp.PooledHandler(cp.Pool(), lambda: now[0])._receive(request, mock.Mock(read=read, read_next=read, key=("http", "there", "")))
+        self.assertEqual([10, 7, 4], waits)
+
+    def test_a_body_that_was_refused_half_way_leaves_no_clock_on_the_socket(self):
+        conn = mock.Mock(is_tls=False, sock=mock.Mock(sendall=mock.Mock(side_effect=BrokenPipeError)))
+        with self.assertRaises(BrokenPipeError):
+            cp.PooledHandler._write(cp.Outbound("POST", "http://127.0.0.1/", [], b"a" * (cp.JOIN_BYTES + 1), cp.Stopper(), 10, 10), conn)
+        self.assertEqual([mock.call(10), mock.call(None)], conn.sock.settimeout.mock_calls)
+
     def test_a_body_that_stops(self):
         for label, body in (("length", b"Content-Length: 9\r\n\r\nhi"), ("chunked", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhi"), ("until close", b"\r\nhi")):
             with self.subTest(label):
@@ -12532,6 +12549,18 @@ class ReadPieces(unittest.TestCase):
             sizes.append((len(got) == len(data), self.conn._size))
         small, large = (True, cp.SMALL_READ), (True, cp.READ_BYTES)
         self.assertEqual([small, large, large, large, large, small], sizes)
+
+    def test_what_came_before_a_connection_broke_is_given_first(self):
+        for size in (cp.SMALL_READ - 1, cp.SMALL_READ, cp.SMALL_READ + 1):
+            far, near = socket.socketpair()
+            conn, got = cp.Conn(near, ("http", "upstream", "")), b""
+            near.sendall(b"unread: the close becomes a reset")
+            far.sendall(b"a" * size)
+            far.close()
+            with self.subTest(size), contextlib.closing(conn), self.assertRaises(cp.TransportError):
+                while True:
+                    got += conn.read_next(5) or self.fail("no reset")
+            self.assertEqual(size, len(got))
 
     def test_silence_is_told_with_its_length_and_another_time_counts_at_once(self):
         for seconds in (0.02, 0.03):
