@@ -16870,6 +16870,9 @@ class PlainAnswer(Value):
 # ---- reading ----------------------------------------------------------------
 
 
+FIRST_PLACES = 8 << 20  # bytes made ready for a body when its length is known
+
+
 class ClientReader:
     """Reads requests from one client socket; what follows a body stays for the next request."""
 
@@ -16928,12 +16931,15 @@ class ClientReader:
         return bytes(body)
 
     def _large(self, length: int, gap_s: float) -> bytes:
-        """A body of so many bytes, received in its place: each further copy of 5 MB costs 1 to 3 ms."""
-        body = bytearray(length)
+        """A body of so many bytes, received in its place: each further copy of 5 MB costs 1 to 3 ms. For what is only announced
+        no memory is taken beyond the first places."""
+        body = bytearray(min(length, FIRST_PLACES))
         have = min(length, len(self._rest))
         body[:have], self._rest = self._rest[:have], self._rest[have:]
-        with memoryview(body) as places:
-            while have < length:
+        while have < length:
+            if have == len(body):
+                body += bytes(min(have, length - have))
+            with memoryview(body) as places:
                 have += self._fill(places[have:], gap_s)
         return body
 

@@ -16378,6 +16378,18 @@ class ServerSlowClients(ServerCase):
         self.assertEqual(["chat.completion", "chat.completion", "model"], [client.reply().json["object"] for _ in range(3)])
         self.assertEqual([70000, 300000], [len(seen.body["messages"][0]["content"]) for seen in self.upstream.seen(CHAT_PATH)[-2:]])
 
+    def test_places_are_made_ready_for_what_comes_and_not_for_what_is_announced(self):
+        near, far = socket.socketpair()
+        self.addCleanup(near.close)
+        self.addCleanup(far.close)
+        reader, body, offered = cp.ClientReader(near), bytes(range(256)) * 9, []
+        fill = reader._fill
+        far.sendall(body + b"next")
+        with mock.patch.object(cp, "FIRST_PLACES", 1000), \
+                mock.patch.object(reader, "_fill", lambda places, gap_s: (offered.append(len(places)), fill(places, gap_s))[1]):
+            self.assertEqual((body, b"next"), (reader._large(len(body), 5), near.recv(99)))
+        self.assertEqual([1000, 1000, 304], offered)
+
     def test_a_client_that_leaves_in_its_large_body_is_no_error(self):
         client = self.client()
         client.request("POST", ASK[cp.CHAT][0], None, {"Content-Length": "100000"})
