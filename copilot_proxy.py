@@ -13208,8 +13208,9 @@ class Watch:
             step = max(0.005, min(1.0, keep_alive_s / 10, status_hold_s / 10))
             try:
                 ready = self._selector.select(min(step, WATCH_TURN_S if self._lines else 0.5))
-            except OSError:
-                ready = []  # a descriptor was closed while we waited; the next turn sees the rest
+            except (OSError, ValueError):
+                ready = []  # a descriptor was closed while we waited, or there are more than `select` can watch (Windows: 512)
+                time.sleep(step)
             try:
                 self._see()
                 for key, _ in ready:

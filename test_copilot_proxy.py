@@ -12632,6 +12632,18 @@ class WatchedClients(LineCase):
         client.close()
         wait_until(lambda: line.stopper.stopped, 1.0)
 
+    def test_keep_alives_go_on_while_there_are_more_clients_than_the_system_can_watch(self):
+        self.line.may_open_early(b"HEAD", b": hi\n\n")
+        turns = mock.Mock(side_effect=ValueError("too many file descriptors in select()"))
+        with mock.patch.object(self.watch._selector, "select", turns):
+            wait_until(lambda: turns.called, SOON_S)
+            self.line.send(b"x")  # the clock of the next one begins here
+            self.far.settimeout(SOON_S)
+            told = b""
+            while told.count(b": hi") < 2:
+                told += self.far.recv(999)
+        self.assertLess(turns.call_count, 100)
+
     def test_a_line_let_go_is_not_stopped_by_its_client(self):
         self.watch.remove(self.line)
         self.far.close()
