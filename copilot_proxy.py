@@ -12360,8 +12360,15 @@ class Stopper:
 
 
 SMALL_READ = 2048  # bytes; an event that comes alone is smaller
-# Where a C long has 32 bits, the C library decides what form a time has that is told to a socket.
-HAS_READ_CLOCK = os.name == "posix" and hasattr(socket, "SO_RCVTIMEO") and hasattr(select, "poll") and struct.calcsize("l") == 8
+HAS_READ_CLOCK = os.name == "posix" and hasattr(socket, "SO_RCVTIMEO") and hasattr(select, "poll")
+# A `timeval` is two longs; where they have 32 bits and time has 64 (ARM, x86), the option is another (Linux, asm-generic/socket.h).
+SO_RCVTIMEO_NEW = 66
+TIMEVAL = "qq" if getattr(socket, "SO_RCVTIMEO", 0) == SO_RCVTIMEO_NEW else "ll"
+
+
+def timeval(seconds: float) -> bytes:
+    """A time as SO_RCVTIMEO and SO_SNDTIMEO take it."""
+    return struct.pack(TIMEVAL, int(seconds), int(seconds % 1 * 1e6))
 
 
 class Conn:
@@ -12414,7 +12421,7 @@ class Conn:
         try:
             if timeout_s != self._clock_s:
                 self._clock_s = timeout_s
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6)))
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(timeout_s))
             if self._size == READ_BYTES:
                 data = self.sock.recv(READ_BYTES)
             else:  # what `recv` shrinks leaves holes: 7 KB a stream, where this leaves none
@@ -17343,7 +17350,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "SO_SNDTIMEO") and os.name == "posix":
             # a client that takes nothing for so long is gone; without it its thread would stay for ever
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 600, 0))
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(600))
         self.reader = ClientReader(self.request)
         self.server.handlers.add(self)
         try:

@@ -12570,6 +12570,12 @@ class ReadPieces(unittest.TestCase):
             self.assertTrue(caught.exception.timed_out)
             self.assertGreaterEqual(time.monotonic() - begun, 0.9 * seconds)
 
+    @unittest.skipUnless(sys.platform == "linux", "another number elsewhere")
+    def test_where_longs_have_32_bits_and_time_64_the_clock_is_told_in_64(self):
+        with mock.patch.object(socket, "SO_RCVTIMEO", cp.SO_RCVTIMEO_NEW), mock.patch.object(cp, "TIMEVAL", "qq"):
+            with self.assertRaisesRegex(cp.TransportError, "upstream was silent for 0.02 s"):
+                self.conn.read_next(0.02)
+
     def test_a_reader_is_woken_by_the_stopper(self):
         stopper = cp.Stopper()
         stopper.attach(self.conn.sock)
