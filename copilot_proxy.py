@@ -9602,11 +9602,7 @@ class FrameForm:
         quotes, so neither stands inside a text."""
         return (frames.startswith(self.head) and frames.endswith(self.tail) and len(frames) >= len(self.around)
                 and frames.count(self.seam) == frames.count(b"\n\n") - 1 and b"\r" not in frames
-                and (not self.filled or self._lack(frames)))
-
-    def _lack(self, frames: bytes) -> bool:
-        """Whether these frames, too, lack what the edits filled in: behind the delta one may have it, or another choice."""
-        return frames.count(b'"delta"') == frames.count(b"\n\n") and not any([name in frames for name in self.filled])
+                and not (self.filled and any([name in frames for name in self.filled])))  # behind a delta one may have what the others lack
 
     def edited(self, frames: bytes) -> bytes:
         """Frames of this form in the new one."""
