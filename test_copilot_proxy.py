@@ -12638,7 +12638,7 @@ class WatchedClients(LineCase):
         wait_until(lambda: line.stopper.stopped, 1.0)
 
     def test_keep_alives_go_on_while_there_are_more_clients_than_the_system_can_watch(self):
-        self.line.may_open_early(b"HEAD", b": hi\n\n")
+        self.line.may_open_early(lambda: b"HEAD", b": hi\n\n")
         turns = mock.Mock(side_effect=ValueError("too many file descriptors in select()"))
         with mock.patch.object(self.watch._selector, "select", turns):
             wait_until(lambda: turns.called, SOON_S)
