@@ -17642,8 +17642,8 @@ class _Call:
 
     def end(self) -> None:
         """Records the exchange and lets go of the client."""
-        self.line.ending = None  # it holds the line: a circle is freed late
         self.app.watch.remove(self.line)
+        self.line.ending, self.line.early_head = None, bytes  # they hold the line: a circle is freed late
         if self.exchange.endpoint:
             self._record()
         else:
