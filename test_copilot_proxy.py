@@ -11947,8 +11947,28 @@ class KeptConnections(DoorCase):
                 self.get(door, server.url)
                 strike(server.sockets[0])
                 wait_until(lambda: select.select([conn.sock for waiting in door.pool._idle.values() for conn in waiting], [], [], 0)[0])
+                door.pool._clock = lambda: time.time() + cp.POOL_TRUST_S
                 self.get(door, server.url)
                 self.assertEqual((2, 2), (server.accepted, len(server.heads)))
+
+    def test_a_socket_is_taken_without_a_look_only_just_behind_its_answer(self):
+        now, looked = [0.0], []
+        pool, conn = cp.Pool(lambda: now[0]), self.idle()
+        with mock.patch.object(cp.Conn, "readable", lambda conn, timeout_s: bool(looked.append(timeout_s))):
+            for later in (0.0, 0.5 * cp.POOL_TRUST_S, 2 * cp.POOL_TRUST_S, 1.0):
+                pool.give(conn)
+                now[0] += later
+                self.assertIs(conn, pool.take(conn.key))
+        self.assertEqual([0, 0], looked)
+
+    def test_one_that_closed_just_behind_its_answer_is_replaced(self):
+        server, door = self.server(), self.door()
+        door.pool._clock = lambda: 5.0
+        self.get(door, server.url)
+        server.sockets[0].shutdown(socket.SHUT_WR)
+        wait_until(lambda: select.select([conn.sock for waiting in door.pool._idle.values() for conn in waiting], [], [], 0)[0])
+        self.get(door, server.url)
+        self.assertEqual(2, server.accepted)
 
     def idle(self) -> cp.Conn:
         near, far = socket.socketpair()
